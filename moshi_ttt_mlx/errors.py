@@ -1,0 +1,9 @@
+"""The one exception a user is meant to read."""
+
+
+class UserError(Exception):
+    """Bad input from outside: a file, a flag, a device.
+
+    The message is one line that says what was expected, what was found and what to do. The command
+    line prints it without a traceback and exits with status 2 (``--verbose`` shows the traceback).
+    """
