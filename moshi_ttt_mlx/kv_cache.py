@@ -9,8 +9,10 @@ has exactly as many slots as the window, so ring order does not matter for a sin
 steps at once are read in time order under a causal + window mask.
 """
 
+from typing import NamedTuple
+
 import mlx.core as mx
-import mlx.nn as nn
+from mlx import nn
 
 # Slots are allocated in blocks as the talk goes on: a short talk never pays for the whole window.
 _BLOCK = 256
@@ -23,7 +25,7 @@ def _split(xs: mx.array, at: int) -> tuple[mx.array, mx.array]:
     return xs[..., :at, :], xs[..., at:, :]
 
 
-def rotate(rope: nn.RoPE | None, xs: mx.array, delta: int) -> mx.array:
+def rotate(rope: nn.RoPE | None, xs: mx.array, delta: int | mx.array) -> mx.array:
     """Turn every row of already rotated keys by the same number of positions.
 
     Args:
@@ -31,7 +33,7 @@ def rotate(rope: nn.RoPE | None, xs: mx.array, delta: int) -> mx.array:
         xs: keys, `[B, H, N, D]`.
         delta: positions to add; may be negative.
     """
-    if rope is None or delta == 0:
+    if rope is None:
         return xs
     b, h, n, d = xs.shape
     return rope(xs.reshape(b, h * n, 1, d), offset=delta).reshape(b, h, n, d)
@@ -93,7 +95,8 @@ class WindowKVCache:
         if need <= have:
             return
         b, h, _, d = like.shape
-        more = min(-(-need // _BLOCK) * _BLOCK, self.window) - have
+        # Doubling: few reallocations, and few shapes to trace.
+        more = min(max(-(-need // _BLOCK) * _BLOCK, 2 * have), self.window) - have
         empty = mx.zeros((b, h, more, d), like.dtype)
         if have == 0:
             self.keys, self.values = empty, empty
@@ -257,6 +260,28 @@ class WindowKVCache:
         values = mx.concatenate([self.values[..., end, :] for end in ends], axis=2)
         return keys, values
 
+    # -- one traced step ----------------------------------------------------------------------
+
+    def begin_step(self) -> bool:
+        """Make room for one token; True where `traced_step` may take it (sinks are complete)."""
+        if self.keys is None or self.length < self.sinks:
+            return False
+        self._reserve(1, self.keys)
+        return True
+
+    @property
+    def step_numbers(self) -> tuple[int, int, int, int]:
+        """For the token to come: its position, its slot, the turn of the sinks, rows it may see."""
+        turn = max(0, self.offset + 1 - self.window) if self.sinks else 0
+        return self.offset, self._slot(self.length), turn, min(self.length + 1, self.window)
+
+    def end_step(self, arrays: dict[str, mx.array]) -> None:
+        """Take over what a `TracedStep` left behind."""
+        self.keys, self.values = arrays["keys"], arrays["values"]
+        self.length += 1
+        self.offset += 1
+        self._rebase()
+
     # -- state --------------------------------------------------------------------------------
 
     @property
@@ -281,3 +306,43 @@ class WindowKVCache:
             empty = mx.zeros((b, h, 0, d), self.keys.dtype)
             self.sink_keys = arrays["sink_keys"] if self.sinks else empty
         self.length, self.offset = int(meta["length"]), int(meta["offset"])
+
+
+class StepAt(NamedTuple):
+    """The Python numbers of one step as arrays, shared by all layers (int32 `[]` unless stated)."""
+
+    offset: mx.array
+    slot: mx.array  # [1]
+    turn: mx.array
+    mask: mx.array | None  # bool [1, 1, 1, N]; None once every row may be seen
+
+    @classmethod
+    def of(cls, numbers: mx.array, rows: int, full: bool) -> "StepAt":
+        """From `WindowKVCache.step_numbers` as an int32 array `[4]`."""
+        mask = None if full else (mx.arange(rows) < numbers[3])[None, None, None]
+        return cls(numbers[0], numbers[1:2], numbers[2], mask)
+
+
+class TracedStep:
+    """`WindowKVCache` for one token without a Python number inside, so that `mx.compile` can trace it.
+
+    Arrays come in, arrays go out (`state`); rows that hold nothing yet are masked, not sliced off.
+    """
+
+    def __init__(self, cache: WindowKVCache, arrays: dict[str, mx.array], at: StepAt):
+        self.rope, self.sinks, self.at = cache.rope, cache.sinks, at
+        self.state = dict(arrays)
+
+    @property
+    def offset(self) -> mx.array:
+        return self.at.offset
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """As `WindowKVCache.attend` for `T = 1`."""
+        keys = mx.slice_update(self.state["keys"], k, self.at.slot, axes=(2,))
+        if self.sinks:
+            turned = rotate(self.rope, self.state["sink_keys"], self.at.turn)
+            keys = mx.slice_update(keys, turned, mx.array([0]), axes=(2,))
+        values = mx.slice_update(self.state["values"], v, self.at.slot, axes=(2,))
+        self.state["keys"], self.state["values"] = keys, values
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=self.at.mask)

@@ -1,0 +1,93 @@
+"""What several verbs share: model and talk flags, loading with a visible step, session files."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that choose a model; moshi_mlx's names and spellings all work."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--hf-repo",
+        "--model",
+        metavar="REPO|DIR|demo",
+        help="hub repository, local folder, or the bundled demo (default: moshiko in 4 bits)",
+    )
+    group.add_argument("--moshi-weight", "--moshi-weights", metavar="FILE", help="model weights")
+    group.add_argument("--mimi-weight", "--mimi-weights", metavar="FILE", help="codec weights")
+    group.add_argument("--tokenizer", metavar="FILE", help="SentencePiece text tokenizer")
+    group.add_argument("--lm-config", metavar="FILE", help="the model's config.json")
+    group.add_argument(
+        "-q", "--quantized", type=int, choices=[4, 8], help="bits: ready made file, or on load"
+    )
+    group.add_argument("--codec", choices=["auto", "rustymimi", "mlx"], default="auto")
+
+
+def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that choose how the model talks."""
+    group = parser.add_argument_group("talk")
+    group.add_argument("--seed", type=int, default=299792458)
+    group.add_argument("--temp", type=float, help="sampling temperature; 0 is greedy")
+    group.add_argument("--text-temp", type=float, help="its own temperature for the text stream")
+    group.add_argument("--top-k", type=int, help="candidates for a code (0: all)")
+    group.add_argument("--text-top-k", type=int, help="candidates for a text token (0: all)")
+    group.add_argument("--cfg-coef", type=float, default=1.0, help="classifier-free guidance")
+    group.add_argument(
+        "--condition",
+        action="append",
+        metavar="NAME=VALUE",
+        help="for models with conditioners, e.g. description=very_good",
+    )
+    group.add_argument(
+        "--context", "--max-kv-size", type=int, help="frames attention sees (12.5 a second)"
+    )
+    group.add_argument("--sinks", type=int, default=0, help="first frames that stay visible")
+
+
+def load_model(args: argparse.Namespace, console: Console):
+    """Load the model that the flags name, saying what takes time."""
+    from ..model import load
+
+    with console.status("loading") as status:
+        return load(
+            args.hf_repo,
+            moshi_weight=args.moshi_weight,
+            mimi_weight=args.mimi_weight,
+            tokenizer=args.tokenizer,
+            lm_config_file=args.lm_config,
+            quantized=args.quantized,
+            codec=args.codec,
+            progress=lambda message: status.update(message),
+        )
+
+
+def talk_settings(args: argparse.Namespace) -> dict:
+    """The keyword arguments of `Session`."""
+    names = ("seed", "temp", "text_temp", "top_k", "text_top_k", "cfg_coef", "context", "sinks")
+    return {name: getattr(args, name) for name in names} | {"conditions": _conditions(args)}
+
+
+def _conditions(args: argparse.Namespace) -> dict[str, str] | None:
+    from ..errors import UserError
+
+    if not args.condition:
+        return None
+    wrong = [text for text in args.condition if "=" not in text]
+    if wrong:
+        raise UserError(f"--condition: expected NAME=VALUE, got {wrong[0]!r}")
+    return dict(text.split("=", 1) for text in args.condition)
+
+
+def open_session(args: argparse.Namespace, model, console: Console):
+    """A new talk, or the one in `--session FILE` where that file exists."""
+    from ..session import Session
+
+    if args.session and Path(args.session).exists():
+        with console.status(f"resuming {args.session}"):
+            session = Session.load(args.session, model)
+        seconds = session.frame * 0.08
+        console.print(f"resumed at {seconds / 60:.0f}:{seconds % 60:04.1f}", style="dim")
+        return session
+    return Session(model, **talk_settings(args))

@@ -1,0 +1,232 @@
+"""A loaded model: network, text tokenizer and codec. Immutable; sessions share it."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import sentencepiece
+from moshi_mlx.models import Lm, LmConfig, config_helium_1_preview_2b, config_v0_1
+from moshi_mlx.modules.conditioner import LutConditioner
+from moshi_mlx.utils import Sampler
+
+from .codec import Codec, mimi_config_from_dict, open_codec
+from .errors import UserError
+from .hub import ModelFiles, find_files
+from .mimi_weights import fingerprint
+from .weights import load_lm_weights
+
+FRAME_SECONDS = 0.08
+NOT_PRINTED = (0, 3)  # end of padding, padding
+
+
+@dataclass
+class Model:
+    """Everything that does not change while talking. Made by `load`."""
+
+    name: str
+    lm: Lm
+    config: dict[str, Any]
+    tokenizer: sentencepiece.SentencePieceProcessor
+    codec: Codec | None
+    fingerprint: str
+    _codec_taken: bool = field(default=False, repr=False)
+
+    def new_codec(self) -> Codec:
+        """A codec of its own for one session.
+
+        Raises:
+            UserError: a text-only model has none.
+        """
+        if self.codec is None:
+            raise UserError(f"{self.name} is a text model: it neither listens nor speaks")
+        # The one that load() opened to check the file serves the first session.
+        codec = self.codec.fresh() if self._codec_taken else self.codec
+        self._codec_taken = True
+        return codec
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the model generates audio codes (stt models only write)."""
+        return self.lm.cfg.generated_codebooks > 0
+
+    @property
+    def audio_delay(self) -> float:
+        """Seconds by which the text of an stt model follows the sound."""
+        return float(self._stt.get("audio_delay_seconds", 0.0))
+
+    @property
+    def silence_prefix(self) -> float:
+        """Seconds of silence an stt model expects before the sound."""
+        return float(self._stt.get("audio_silence_prefix_seconds", 0.0))
+
+    @property
+    def _stt(self) -> dict[str, Any]:
+        return self.config.get("stt_config") or {}
+
+    def piece(self, token: int) -> str | None:
+        """The SentencePiece piece of a text token; None for padding, which nobody says."""
+        return None if token in NOT_PRINTED else self.tokenizer.id_to_piece(token)
+
+    def samplers(
+        self,
+        temp: float | None = None,
+        text_temp: float | None = None,
+        top_k: int | None = None,
+        text_top_k: int | None = None,
+    ) -> tuple[Sampler, Sampler]:
+        """Text and audio sampling: what is given, else the model's own settings, else moshi_mlx's."""
+        own = self.config.get("lm_gen_config") or {}
+
+        def pick(given, name: str, default):
+            return own.get(name, default) if given is None else given
+
+        temp_all = pick(temp, "temp", 0.8)
+        text = Sampler(
+            temp=pick(temp if text_temp is None else text_temp, "temp_text", temp_all),
+            top_k=self._fitting(
+                pick(text_top_k, "top_k_text", 25), self.lm.cfg.text_out_vocab_size
+            ),
+        )
+        vocabulary = self.lm.cfg.audio_vocab_size - 1
+        return text, Sampler(
+            temp=temp_all, top_k=self._fitting(pick(top_k, "top_k", 250), vocabulary)
+        )
+
+    @staticmethod
+    def _fitting(top_k: int, vocabulary: int) -> int | None:
+        """All of a small vocabulary is no restriction at all."""
+        return top_k if 0 < top_k < vocabulary else None
+
+    def condition(self, values: dict[str, str] | None, guided: bool) -> mx.array | None:
+        """The sum of the text conditioners' embeddings, `[1, D]`; guided: `[2, D]`, the null second.
+
+        Args:
+            values: value by conditioner name. Default: `description=very_good` where the model has it.
+
+        Raises:
+            UserError: a conditioner or value that the model does not have.
+        """
+        provider = self.lm.condition_provider
+        conditioners = provider.conditioners if provider is not None else {}
+        tables = {n: c for n, c in conditioners.items() if isinstance(c, LutConditioner)}
+        if values is None:
+            values = {"description": "very_good"} if "description" in tables else {}
+        for name, value in values.items():
+            if name not in tables:
+                raise UserError(f"no condition {name!r}: this model has {sorted(tables) or 'none'}")
+            if value not in (known := tables[name].possible_values):
+                raise UserError(f"condition {name}: expected one of {list(known)}, got {value!r}")
+        if not values:
+            return None
+        rows = [sum(tables[name].condition(value) for name, value in values.items())]
+        if guided:
+            rows.append(sum(tables[name].learnt_padding[0] for name in values))
+        return mx.concatenate(rows, axis=0)
+
+
+def lm_config(files: ModelFiles) -> LmConfig:
+    """The network's config: `config.json`, or what Kyutai's repositories without one hold.
+
+    Raises:
+        UserError: a config with missing or strange fields.
+    """
+    if files.config is None:
+        return config_helium_1_preview_2b() if files.mimi is None else config_v0_1()
+    try:
+        return LmConfig.from_config_dict(json.loads(json.dumps(files.config)))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{files.name}: config.json is not a Moshi config: {what}") from error
+
+
+def build_lm(config: LmConfig, name: str) -> Lm:
+    """An `Lm` with unset weights; nothing is allocated before they are read.
+
+    Raises:
+        UserError: sizes that do not go together.
+    """
+    t = config.transformer
+    if t.d_model % t.num_heads:
+        raise UserError(f"{name}: dim {t.d_model} is no multiple of num_heads {t.num_heads}")
+    if len(config.audio_delays) != config.audio_codebooks:
+        raise UserError(
+            f"{name}: {len(config.audio_delays)} audio delays for {config.audio_codebooks} codebooks"
+        )
+    try:
+        return Lm(config)
+    except (AssertionError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{name}: config.json cannot be built: {error}") from error
+
+
+def _load_tokenizer(path: Path, vocabulary: int) -> sentencepiece.SentencePieceProcessor:
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path.name}: not a SentencePiece model") from error
+    if tokenizer.get_piece_size() < vocabulary:
+        raise UserError(
+            f"{path.name} has {tokenizer.get_piece_size()} pieces, the model speaks {vocabulary}: "
+            "is this the tokenizer of this model?"
+        )
+    return tokenizer
+
+
+def _open_codec(files: ModelFiles, config: LmConfig, backend: str) -> Codec | None:
+    if files.mimi is None:
+        return None
+    codebooks = max(config.generated_codebooks, config.other_codebooks)
+    own = (files.config or {}).get("mimi_config")
+    shape = mimi_config_from_dict(own) if own else None
+    return open_codec(files.mimi, codebooks, backend, shape)
+
+
+def _fingerprint(files: ModelFiles) -> str:
+    """Tells models apart without reading gigabytes."""
+    parts = [fingerprint(p) for p in (files.moshi, files.mimi, files.tokenizer) if p is not None]
+    identity = json.dumps([files.config, files.quantized, parts], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def load(
+    hf_repo: str | None = None,
+    *,
+    moshi_weight: str | Path | None = None,
+    mimi_weight: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    lm_config_file: str | Path | None = None,
+    quantized: int | None = None,
+    codec: str = "auto",
+    progress: Callable[[str], None] = lambda message: None,
+) -> Model:
+    """Load a model: `load("kyutai/moshiko-mlx-q4")`, `load("./folder")`, `load("demo")`.
+
+    Args:
+        hf_repo, moshi_weight, mimi_weight, tokenizer, lm_config_file, quantized: see
+            `hub.find_files`; weights may be in MLX's or PyTorch's layout, plain or quantized.
+        codec: `auto`, `rustymimi` or `mlx`; see `codec.open_codec`.
+        progress: called with one line before each step that takes time.
+
+    Raises:
+        UserError: whatever is missing or does not fit, in one line.
+    """
+    files = find_files(
+        hf_repo,
+        moshi_weight=moshi_weight,
+        mimi_weight=mimi_weight,
+        tokenizer=tokenizer,
+        lm_config=lm_config_file,
+        quantized=quantized,
+        progress=progress,
+    )
+    config = lm_config(files)
+    text = _load_tokenizer(files.tokenizer, config.text_out_vocab_size)
+    progress(f"reading {files.moshi.name}")
+    lm = build_lm(config, files.name)
+    load_lm_weights(lm, files.moshi, files.quantized)
+    progress("opening the codec")
+    audio = _open_codec(files, config, codec)
+    return Model(files.name, lm, files.config or {}, text, audio, _fingerprint(files))

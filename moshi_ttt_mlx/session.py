@@ -1,0 +1,268 @@
+"""One talk: everything that changes while a model listens and speaks, in one place.
+
+model = load("demo")
+session = Session(model, seed=1)
+for pcm in frames:                     # float32 [1920], 80 ms each
+    frame = session.step(pcm)
+    play(frame.pcm); print(frame.text, end="")
+session.save("talk.session")
+session = Session.load("talk.session", model)      # goes on as if never interrupted
+"""
+
+import errno
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import UserError
+from .generate import FrameGenerator
+from .model import FRAME_SECONDS, Model
+from .transcript import Transcript
+
+FORMAT = "moshi-ttt-mlx session"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a talk is started with, and keeps when it is resumed.
+
+    Attributes:
+        seed: of the random key.
+        temp, text_temp, top_k, text_top_k: sampling; None takes the model's own. `temp = 0` is
+            greedy.
+        cfg_coef: classifier-free guidance; 1 is off.
+        conditions: value by conditioner name (hibiki: `description`); None takes the default.
+        context: keys attention sees; None takes what the model was trained with.
+        sinks: first frames kept visible for ever.
+    """
+
+    seed: int = 299792458
+    temp: float | None = None
+    text_temp: float | None = None
+    top_k: int | None = None
+    text_top_k: int | None = None
+    cfg_coef: float = 1.0
+    conditions: dict[str, str] | None = None
+    context: int | None = None
+    sinks: int = 0
+
+
+@dataclass(frozen=True)
+class SpokenFrame:
+    """What one step of 80 ms brought.
+
+    Attributes:
+        index: frames before this one in the talk.
+        time: seconds from the talk's beginning to this frame's.
+        text: words to show now, with their spaces; often empty.
+        piece: the SentencePiece piece, None for padding.
+        codes: int32 `[K]` of the reply frame that became complete, `max_delay` frames ago, or None.
+        pcm: its sound, float32 `[1920]` at 24 kHz, or None (the first frames; models that only write).
+    """
+
+    index: int
+    time: float
+    text: str
+    piece: str | None
+    codes: np.ndarray | None
+    pcm: np.ndarray | None
+
+
+class Session:
+    """Model + caches + token history + random key + codec + transcript.
+
+    Several sessions may share one model; all of them must step on one thread (MLX streams are bound
+    to the thread that made them).
+
+    Args:
+        model: from `load`.
+        settings: any of `Settings`' fields by name.
+
+    Raises:
+        UserError: settings that the model cannot follow.
+    """
+
+    def __init__(self, model: Model, **settings):
+        self.model, self.settings = model, Settings(**settings)
+        s = self.settings
+        context = model.lm.cfg.transformer.context
+        window = context if s.context is None else s.context
+        if not 1 <= window <= context:
+            raise UserError(f"context must be 1..{context} frames for {model.name}, got {window}")
+        if not 0 <= s.sinks < window:
+            raise UserError(f"sinks must be 0..{window - 1} (they count in the context)")
+        text, audio = model.samplers(s.temp, s.text_temp, s.top_k, s.text_top_k)
+        self.generator = FrameGenerator(
+            model.lm,
+            text,
+            audio,
+            cfg_coef=s.cfg_coef,
+            window=window,
+            sinks=s.sinks,
+            seed=s.seed,
+            condition=model.condition(s.conditions, s.cfg_coef != 1),
+        )
+        self.codec = model.new_codec()
+        self.transcript = self._new_transcript()
+
+    def _new_transcript(self) -> Transcript:
+        return Transcript({self.speaker: self.model.audio_delay + self.model.silence_prefix})
+
+    @property
+    def speaker(self) -> str:
+        """Whose words the model writes: its own, or (stt) the user's."""
+        return "moshi" if self.model.speaks else "user"
+
+    def reset(self) -> None:
+        """Begin a new talk with the same settings; equal to a fresh session."""
+        self.generator.reset()
+        self.codec.reset()
+        self.transcript = self._new_transcript()
+
+    @property
+    def frame(self) -> int:
+        """Frames so far."""
+        return self.generator.frame
+
+    def step(self, user: np.ndarray) -> SpokenFrame:
+        """Listen to 80 ms and answer with 80 ms.
+
+        Args:
+            user: sound, float `[1920]` at 24 kHz, or codes, int `[K]`. Samples that are not finite
+                count as silence.
+
+        Raises:
+            ValueError: another shape.
+        """
+        user = np.asarray(user)
+        codes = user if np.issubdtype(user.dtype, np.integer) else self._listen(user)
+        user_codes = codes[None, : self.model.lm.cfg.other_codebooks]
+        frame = self.generator.step(user_codes)
+        text, reply = frame.read()
+        return self._spoken(frame.index, int(text[0]), None if reply is None else reply[0])
+
+    def _listen(self, pcm: np.ndarray) -> np.ndarray:
+        if pcm.shape != (self.codec.frame_size,):
+            raise ValueError(
+                f"[Session] a frame is [{self.codec.frame_size}] samples, got {list(pcm.shape)}"
+            )
+        return self.codec.encode(np.nan_to_num(pcm.astype(np.float32), posinf=0.0, neginf=0.0))
+
+    def _spoken(self, index: int, token: int, codes: np.ndarray | None) -> SpokenFrame:
+        piece = self.model.piece(token)
+        text = self.transcript.add(index, piece, self.speaker) if piece is not None else None
+        pcm = None if codes is None else self.codec.decode(codes)
+        return SpokenFrame(index, index * FRAME_SECONDS, text or "", piece, codes, pcm)
+
+    # -- save and resume ----------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the talk to one safetensors file; the old file stays whole until the new one is.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        path = Path(path)
+        arrays, counters = self.generator.state()
+        sound, codec_meta = self.codec.state()
+        tree = {f"generator.{name}": a for name, a in arrays.items()}
+        tree |= {f"codec.{name}": mx.array(a) for name, a in sound.items()}
+        meta = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "model": self.model.name,
+            "fingerprint": self.model.fingerprint,
+            "settings": json.dumps(asdict(self.settings)),
+            "counters": json.dumps(counters),
+            "codec": json.dumps({"name": self.codec.name, **codec_meta}),
+            "transcript": json.dumps(self.transcript.state()),
+        }
+        _write_atomically(path, tree, meta)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Model) -> "Session":
+        """Go on with a saved talk, bit for bit as if it had never been interrupted.
+
+        Raises:
+            UserError: not a session, a broken one, or one of another model, quantization or version.
+        """
+        tree, meta = _read(Path(path))
+        _check_origin(Path(path), meta, model)
+        try:
+            session = cls(model, **json.loads(meta["settings"]))
+            session._restore(tree, meta)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: a damaged session file ({error})") from error
+        return session
+
+    def _restore(self, tree: dict[str, mx.array], meta: dict[str, str]) -> None:
+        codec_meta = json.loads(meta["codec"])
+        if (name := codec_meta.pop("name")) != self.codec.name:
+            raise UserError(
+                f"the session was held with the {name} codec, this is {self.codec.name}: "
+                f"load the model with --codec {name}"
+            )
+        self.generator.load_state(_under("generator.", tree), json.loads(meta["counters"]))
+        sound = {n: np.array(a) for n, a in _under("codec.", tree).items()}
+        self.codec.load_state(sound, codec_meta)
+        self.transcript = Transcript.from_state(json.loads(meta["transcript"]))
+
+
+def _under(prefix: str, tree: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {n.removeprefix(prefix): a for n, a in tree.items() if n.startswith(prefix)}
+
+
+def _write_atomically(path: Path, tree: dict[str, mx.array], meta: dict[str, str]) -> None:
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(".safetensors", f".{path.name}.", path.parent)
+        os.close(handle)
+        mx.save_safetensors(temporary, tree, meta)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or not _has_room(path.parent, tree)
+        why = "the disk is full" if full else str(error)
+        raise UserError(f"could not save the session to {path}: {why}; the talk goes on") from error
+
+
+def _has_room(folder: Path, tree: dict[str, mx.array]) -> bool:
+    # MLX reports a short write without its reason.
+    if not folder.is_dir():
+        return True
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize > sum(a.nbytes for a in tree.values())
+
+
+def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    if not path.is_file():
+        raise UserError(f"no session file {path}")
+    try:
+        # MLX goes by the ending, which a user may choose freely.
+        with path.open("rb") as file:
+            return mx.load(file, format="safetensors", return_metadata=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not a whole session file ({error})") from error
+
+
+def _check_origin(path: Path, meta: dict[str, str], model: Model) -> None:
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{path}: not a session of moshi-ttt-mlx")
+    if meta.get("version") != str(VERSION):
+        raise UserError(
+            f"{path}: a session of version {meta.get('version')}, this program reads {VERSION}"
+        )
+    if meta.get("fingerprint") != model.fingerprint:
+        raise UserError(
+            f"{path}: a session of {meta.get('model')}; the loaded model {model.name} has other "
+            "weights, config or quantization"
+        )
