@@ -66,9 +66,9 @@ def _check_outputs(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path and not Path(path).resolve().parent.is_dir():
             raise UserError(f"no folder {Path(path).resolve().parent} to write {path} into")
-    if args.outfile and args.infile != "-" and Path(args.outfile).exists():
-        if Path(args.infile).exists() and Path(args.outfile).samefile(args.infile):
-            raise UserError(f"{args.outfile} is the input: name another file for the reply")
+    both = [Path(p) for p in (args.infile, args.outfile) if p and Path(p).exists()]
+    if len(both) == 2 and both[0].samefile(both[1]):
+        raise UserError(f"{args.outfile} is the input: name another file for the reply")
     if args.stereo and not args.outfile:
         raise UserError("--stereo needs an output file")
 
