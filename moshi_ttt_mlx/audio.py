@@ -1,4 +1,4 @@
-"""Audio files in, audio files out: any format and rate to 24 kHz frames, and a WAV that survives a crash.
+"""Audio files in and out: any format and rate to 24 kHz frames; a WAV that survives a crash.
 
 What lives here: :func:`read_audio` (a whole file), :func:`iter_frames` (a file of any length, one
 80 ms frame at a time), :class:`WavWriter`. What does not: sound devices, and the neural codec.
@@ -8,8 +8,8 @@ What lives here: :func:`read_audio` (a whole file), :func:`iter_frames` (a file 
             out.write(np.stack([reply_to(user), user]))
 
 soundfile (libsndfile) decodes and soxr resamples. sphn, which moshi_mlx already brings, was tried
-first: sphn 0.2.1 reads no Ogg Opus through ``read``, counts an MP3's encoder padding as sound, reads
-paths only, and has no reader of bounded memory that also resamples.
+first: sphn 0.2.1 reads no Ogg Opus through ``read``, counts an MP3's encoder padding as sound,
+reads paths only, and has no reader of bounded memory that also resamples.
 """
 
 import errno
@@ -146,7 +146,7 @@ class FrameReader(_Closing):
     def total_frames(self) -> int | None:
         """Frames to come in all, or None where the container does not tell.
 
-        Good enough for a progress bar: a truncated file, or an MP3 without a length tag, may differ.
+        For a progress bar: a truncated file, or an MP3 without a length tag, may differ.
         """
         if self._source.length is None:
             return None
@@ -174,11 +174,11 @@ class FrameReader(_Closing):
 
 
 class WavWriter(_Closing):
-    """Write 16-bit PCM WAV as it comes: after every ``write`` the file on disk is complete and valid.
+    """Write 16-bit PCM WAV as it comes: after every ``write`` the file is complete and valid.
 
-    Samples go to the operating system before the header counts them, with no buffer of our own, so a
-    crash or a full disk loses nothing that was counted. Past 4 GiB (12 hours of stereo) the header
-    turns into RF64, the same file with 64-bit sizes.
+    Samples go to the operating system before the header counts them, with no buffer of our own, so
+    a crash or a full disk loses nothing that was counted. Past 4 GiB (12 hours of stereo) the
+    header turns into RF64, the same file with 64-bit sizes.
 
     Args:
         path: file to create or replace.
@@ -210,7 +210,7 @@ class WavWriter(_Closing):
         return self._data_bytes // (2 * self.channels)
 
     def write(self, samples: np.ndarray) -> None:
-        """Append float ``[channels, N]``, or ``[N]`` to a mono file; -1..1, clipped; NaN is silence.
+        """Append float ``[channels, N]`` (mono: or ``[N]``), clipped to -1..1; NaN is silence.
 
         Raises:
             UserError: the disk is full or gone. What was written before stays a valid file.
@@ -244,7 +244,8 @@ class WavWriter(_Closing):
     def _failure(self, error: OSError) -> UserError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return UserError(
-                f"{self.path}: no space left after {self.samples_written / self.sample_rate:.1f} s; "
+                f"{self.path}: no space left after "
+                f"{self.samples_written / self.sample_rate:.1f} s; "
                 "those are kept. Free some space, or write elsewhere."
             )
         return UserError(f"{self.path}: cannot write this WAV file: {error.strerror}")
@@ -263,7 +264,7 @@ def _to_int16(samples: np.ndarray) -> np.ndarray:
 
 
 def _wav_header(data_bytes: int, channels: int, sample_rate: int) -> bytes:
-    """80 bytes: RIFF, a JUNK chunk that leaves room for RF64's 64-bit sizes, fmt, data (EBU 3306)."""
+    """80 bytes: RIFF, a JUNK chunk as room for RF64's 64-bit sizes (EBU 3306), fmt, data."""
     fmt = struct.pack(
         "<HHIIHH", 1, channels, sample_rate, sample_rate * channels * 2, 2 * channels, 16
     )
@@ -309,8 +310,8 @@ def _clip(samples: np.ndarray) -> np.ndarray:
 class _ForwardFile(soundfile.SoundFile):
     """A SoundFile that is read from front to back.
 
-    soundfile seeks to where it already is after each read. In an Opus file that changes the samples,
-    and in a FLAC file without a length it fails, so this one says that it cannot seek.
+    soundfile seeks to where it already is after each read. In an Opus file that changes the
+    samples, and in a FLAC file without a length it fails, so this one says that it cannot seek.
     """
 
     def seekable(self) -> bool:

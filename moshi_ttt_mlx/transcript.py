@@ -263,7 +263,7 @@ def _fits_cue(cue: list[Word], word: Word) -> bool:
 
 
 def _cue_ends(cues: list[list[Word]]) -> list[float]:
-    """When each cue goes: after its last word and long enough to read, unless the next one comes."""
+    """When each cue goes: after its last word, long enough to read unless the next one comes."""
     ends, next_start = [], {}
     for cue in reversed(cues):
         speaker, start, end = cue[0].speaker, cue[0].start, cue[-1].end

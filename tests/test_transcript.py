@@ -213,13 +213,20 @@ def test_two_speakers_are_named_in_every_format(data):
         for line in lines:
             name, text = line.split(": ", 1)
             found[format][name] += text.split()
-    assert found == {format: by_speaker for format in found}
+    assert found == dict.fromkeys(found, by_speaker)
 
 
 def test_a_pause_begins_a_new_cue_and_a_new_line():
     transcript = spoken((0, "▁a"), (5, "▁b"), (20, "▁c"))
     assert [lines for _, _, lines in parse_srt(transcript.to_srt())] == [["a b"], ["c"]]
     assert transcript.to_txt() == "a b\nc\n"
+
+
+def test_slow_speech_is_cut_before_six_seconds():
+    transcript = spoken(*[(10 * i, "▁x") for i in range(20)])  # 0.8 s apart: no pause among them
+    cues = parse_srt(transcript.to_srt())
+    assert [len(lines[0].split()) for _, _, lines in cues] == [8, 8, 4]
+    check_cues(cues, transcript.words)
 
 
 def test_a_cue_stays_long_enough_to_read_but_gives_way_to_the_next():
