@@ -342,8 +342,8 @@ class _Source(_Closing):
             return _ForwardFile(self._file.fileno(), closefd=False)
         except soundfile.LibsndfileError as error:
             raise UserError(
-                f"{self.name}: expected {FORMATS}, found something else ({error.error_string}) "
-                "Convert it first, for example with ffmpeg."
+                f"{self.name}: expected {FORMATS}, found nothing that decodes as audio: "
+                "convert it first, for example with ffmpeg"
             ) from error
 
     def blocks(self) -> Iterator[np.ndarray]:
