@@ -30,7 +30,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import mlx.core as mx
@@ -82,7 +82,7 @@ class Rules:
 class TTTState:
     """All that changes in one inner learner: one copy per batch row, owned by a session.
 
-    The same tokens give the same state however they were cut into calls: rows past `position` are
+    The same tokens give the same state however they were cut into calls: rows not yet filled are
     zero. Rows are kept at full length so that every step has the same shapes.
 
     Args:
@@ -94,9 +94,9 @@ class TTTState:
         updates: folds so far; always `tokens // C`.
     """
 
-    weights: Arrays = field(default_factory=dict)
-    rows: Arrays = field(default_factory=dict)
-    step: mx.array | None = None
+    weights: Arrays
+    rows: Arrays
+    step: mx.array
     tokens: int = 0
     updates: int = 0
 
@@ -117,10 +117,10 @@ class TTTState:
             UserError: a tensor is missing, left over, or has another shape or dtype.
         """
         wanted = self.arrays()
-        for name in sorted(wanted.keys() ^ arrays.keys()):
-            here = "missing" if name in wanted else "not part of this memory"
+        if strays := sorted(wanted.keys() ^ arrays.keys()):
+            what = "missing" if strays[0] in wanted else "not part of this memory"
             raise UserError(
-                f"memory state: tensor {name!r} is {here}; use the adapter it was saved with"
+                f"memory state: tensor {strays[0]!r} is {what}; use the adapter it was saved with"
             )
         for name, like in wanted.items():
             _check_like(name, arrays[name], like)
@@ -163,8 +163,9 @@ def _gelu(z: mx.array) -> mx.array:
 
 
 def _gelu_and_slope(z: mx.array) -> tuple[mx.array, mx.array]:
-    t = mx.tanh(_GELU_A * (z + _GELU_B * z * z * z))
-    slope = 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _GELU_A * (1 + 3 * _GELU_B * z * z)
+    bend = _GELU_B * z * z
+    t = mx.tanh(_GELU_A * (z + bend * z))
+    slope = 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _GELU_A * (1 + 3 * bend)
     return 0.5 * z * (1 + t), slope
 
 
