@@ -9,7 +9,6 @@ is read off the module tree, so that smaller codecs load too and every wrong ten
 
 import hashlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +17,7 @@ from mlx.utils import tree_flatten
 from moshi_mlx.models.mimi import Mimi, MimiConfig
 
 from .errors import UserError
-
-_NAMED_AT_MOST = 5
+from .weights import check_shapes, read_shapes
 
 
 class Slot(NamedTuple):
@@ -80,53 +78,29 @@ def kyutai_layout(mimi: Mimi) -> dict[str, Slot]:
     return layout
 
 
-def _is_spare_codebook(name: str) -> bool:
+def _is_spare(name: str) -> bool:
     # Kyutai's file has 32 codebooks, a model uses the first 8 or 16.
     return name.startswith("quantizer.rvq_rest.vq.layers.")
 
 
-def read_tensors(path: str | Path) -> dict[str, mx.array]:
-    """A safetensors file's tensors, or a `UserError` that says what is wrong with the file."""
+def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"codec weights: no file {path}; give Mimi's .safetensors file")
-    try:
-        return mx.load(str(path), format="safetensors")
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"codec weights: {path} is not a whole safetensors file ({error}); download it again"
-        ) from error
-
-
-def _complaints(found: dict[str, mx.array], layout: dict[str, Slot]) -> Iterator[str]:
-    yield from (f"missing {name}" for name in layout if name not in found)
-    for name, value in found.items():
-        if name not in layout:
-            if not _is_spare_codebook(name):
-                yield f"unknown {name}"
-        elif value.shape != layout[name].shape:
-            expected = list(layout[name].shape)
-            yield f"{name} has shape {list(value.shape)}, expected {expected}"
-
-
-def check_tensors(found: dict[str, mx.array], layout: dict[str, Slot], path: str | Path) -> None:
-    """Raise a `UserError` that names missing, unknown and wrongly shaped tensors."""
-    wrong = list(_complaints(found, layout))
-    if not wrong:
-        return
-    more = len(wrong) - _NAMED_AT_MOST
-    listed = "; ".join(wrong[:_NAMED_AT_MOST]) + (f"; and {more} more" if more > 0 else "")
-    raise UserError(f"codec weights: {path} does not fit this Mimi config: {listed}")
+    return path
 
 
 def load_mimi_weights(mimi: Mimi, path: str | Path) -> None:
     """Fill a moshi_mlx `Mimi` from a checkpoint in Kyutai's layout, as float32.
 
     Raises:
-        UserError: no such file, not a whole safetensors file, or tensors that do not fit.
+        UserError: no such file, not a whole safetensors file, or tensors that do not fit, by name.
     """
-    tensors, layout = read_tensors(path), kyutai_layout(mimi)
-    check_tensors(tensors, layout, path)
+    path = _existing(path)
+    layout = kyutai_layout(mimi)
+    found = {n: s for n, s in read_shapes(path).items() if n in layout or not _is_spare(n)}
+    check_shapes(found, {name: slot.shape for name, slot in layout.items()}, path.name)
+    tensors = mx.load(str(path))
     weights = [
         (slot.parameter, tensors[name].astype(mx.float32).transpose(slot.axes))
         for name, slot in layout.items()
@@ -144,9 +118,7 @@ def fingerprint(path: str | Path) -> str:
     Raises:
         UserError: no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"codec weights: no file {path}; give Mimi's .safetensors file")
+    path = _existing(path)
     size, some = path.stat().st_size, 1 << 20
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(some))

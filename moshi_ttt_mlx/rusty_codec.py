@@ -28,11 +28,13 @@ from weakref import WeakValueDictionary
 import numpy as np
 import rustymimi
 
+from .codec_checks import check_codes, check_pcm, check_state
 from .errors import UserError
 from .mimi_weights import fingerprint
 
 STEPS_PER_FRAME = 2  # Mimi's transformers run at 25 Hz, its frames at 12.5 Hz
 FRAME_SIZE = 1920
+BINS = 2048  # entries of a codebook
 
 Progress = Callable[[int, int], None]
 
@@ -65,7 +67,7 @@ class Grid:
 
 
 class _Tokenizer:
-    """A `rustymimi.Tokenizer` with flat arrays in and out, for several threads; weakly referable."""
+    """A `rustymimi.Tokenizer` with flat arrays in and out, for several threads."""
 
     def __init__(self, path: Path, codebooks: int, steps: int):
         try:
@@ -182,8 +184,7 @@ class RustyCodec:
 
     def encode(self, pcm: np.ndarray) -> np.ndarray:
         """One frame: float32 `[1920]` -> int32 `[K]`."""
-        if pcm.shape != (FRAME_SIZE,):
-            raise ValueError(f"[RustyCodec] encode takes [{FRAME_SIZE}], got {list(pcm.shape)}")
+        check_pcm(self, pcm)
         return self._encoding.run(np.array(pcm, np.float32))
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -191,20 +192,15 @@ class RustyCodec:
 
         With `K' < K` decoding needs a tokenizer of its own: the weights are in memory once more.
         """
+        check_codes(self, codes, BINS)
         if self._decoding is None:
-            self._decoding = self._decoder(len(codes), epoch=0)
-        if codes.shape != (self._decoding.codebooks,):
+            self._decoding = _Direction(self._tokenizers, len(codes), _Tokenizer.decode)
+        if len(codes) != self._decoding.codebooks:
             raise ValueError(
-                f"[RustyCodec] decode takes [{self._decoding.codebooks}], got {list(codes.shape)}"
+                f"[{self.name}] this stream began with {self._decoding.codebooks} codes a frame, "
+                f"got {len(codes)}"
             )
         return self._decoding.run(np.array(codes, np.int32))
-
-    def _decoder(self, codebooks: int, epoch: int) -> _Direction:
-        if not 1 <= codebooks <= self.num_codebooks:
-            raise ValueError(
-                f"[RustyCodec] decode takes 1..{self.num_codebooks} codebooks, got {codebooks}"
-            )
-        return _Direction(self._tokenizers, codebooks, _Tokenizer.decode, epoch)
 
     # -- state --------------------------------------------------------------------------------
 
@@ -245,13 +241,7 @@ class RustyCodec:
         Raises:
             UserError: the state of another backend, other weights or another number of codebooks.
         """
-        for key, own in (
-            ("backend", self.name),
-            ("weights", self._weights),
-            ("num_codebooks", str(self.num_codebooks)),
-        ):
-            if meta.get(key) != own:
-                raise UserError(f"codec state: {key} is {meta.get(key)}, this codec has {own}")
+        check_state(meta, backend=self.name, weights=self._weights, codebooks=self.num_codebooks)
         self.grid = Grid(int(meta["epoch"]), int(meta["warmup"]))
         self._tokenizers = _Tokenizers(self.path, self.grid)
         self._encoding = _Direction(
@@ -261,7 +251,9 @@ class RustyCodec:
         self._decoding = None
         if "codes" in arrays:
             codes = arrays["codes"]
-            self._decoding = self._decoder(codes.shape[1], int(meta["decoder_epoch"]))
+            self._decoding = _Direction(
+                self._tokenizers, codes.shape[1], _Tokenizer.decode, int(meta["decoder_epoch"])
+            )
             work += [(self._decoding, frame) for frame in codes]
         for done, (direction, frame) in enumerate(work):
             direction.run(frame)
