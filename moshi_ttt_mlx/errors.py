@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line that says what was expected, what was found and what to do. The command
     line prints it without a traceback and exits with status 2 (``--verbose`` shows the traceback).
     """
+
+    def __init__(self, message: str):
+        # Other libraries' reasons, quoted in a message, may have lines of their own.
+        super().__init__(" ".join(message.splitlines()))

@@ -1,27 +1,28 @@
 """What a name means: a repository on the hub, a local folder, single files, or the bundled demo.
 
-What lives here: from names and flags to the paths of four files. What does not: reading weights
-(`weights.py`), building a model from the files (`model.py`).
+What lives here: from names and flags to the paths of a model's files. What does not: what a config
+means (`config.py`), reading weights (`weights.py`), building a model from the files (`model.py`).
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
+from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 
+from .config import Config, read_config
 from .errors import UserError
 
 DEMO = Path(__file__).parent / "models" / "demo"
 DEFAULT_REPO = "kyutai/moshiko-mlx-q4"
-# The names Kyutai's Moshi repositories use; they carry no config.json.
+# The names in Kyutai's repositories that carry no config.json.
+MOSHI_NAMES = ("model.safetensors", "model.q4.safetensors", "model.q8.safetensors")
 MIMI_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_NAME = "tokenizer_spm_32k_3.model"
-# Helium's repository has neither a config.json nor a codec.
+# Helium's repository has no codec either.
 HELIUM_NAMES = {
     "moshi_name": "helium-1-preview-2b-bf16.safetensors",
     "tokenizer_name": "tokenizer_spm_48k_multi6_2.model",
@@ -30,10 +31,17 @@ HELIUM_NAMES = {
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Local paths of one model. `config` is the parsed `config.json`, or None where there is none."""
+    """Local paths of one model.
+
+    Attributes:
+        name: what the user called it.
+        config: the parsed and checked `config.json`, or None where there is none.
+        mimi: None for a text-only model.
+        quantized: the bits asked for, 4 or 8, or None.
+    """
 
     name: str
-    config: dict[str, Any] | None
+    config: Config | None
     moshi: Path
     mimi: Path | None
     tokenizer: Path
@@ -44,41 +52,43 @@ def _explain(repo: str, name: str, error: Exception) -> UserError:
     """One line for each way the hub says no."""
     if isinstance(error, hub_errors.GatedRepoError):
         return UserError(
-            f"{repo} is gated: accept its terms on huggingface.co/{repo} and run "
-            "`huggingface-cli login`"
+            f"{repo} is gated: accept its terms on https://huggingface.co/{repo}, then log in with "
+            "`hf auth login` (or set HF_TOKEN)"
         )
     if isinstance(error, hub_errors.RepositoryNotFoundError):
         return UserError(
             f"no repository {repo} on the hub (or it is private): expected something like "
-            f"{DEFAULT_REPO}, a local folder, or 'demo'"
+            f"{DEFAULT_REPO}, a local folder, or demo"
         )
-    if isinstance(error, hub_errors.EntryNotFoundError) and not isinstance(
-        error, hub_errors.LocalEntryNotFoundError
-    ):
-        return UserError(f"{repo} has no file {name}: name the file yourself, e.g. --moshi-weight")
     if isinstance(error, hub_errors.HFValidationError):
-        return UserError(f"{repo!r} is neither a folder nor a repository name (owner/name)")
+        return UserError(f"{repo!r} is neither a folder nor a repository name (OWNER/NAME)")
+    # The hub's own message only says that something happened; what did is its cause.
+    cause = error.__cause__ or error
+    reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+    if "no space left" in str(cause).lower():
+        return UserError(
+            f"the disk is full: no room for {name} from {repo} in {hub_constants.HF_HUB_CACHE} "
+            "(HF_HOME chooses another place)"
+        )
+    if hub_constants.HF_HUB_OFFLINE:
+        return UserError(
+            f"{name} of {repo} has not been downloaded yet and HF_HUB_OFFLINE forbids it: unset it"
+        )
     return UserError(
-        f"could not download {name} from {repo} and it is not in the cache: is the network up? "
-        f"({type(error).__name__})"
+        f"could not download {name} from {repo}, and no earlier download is there to use: is the "
+        f"network up? ({reason})"
     )
 
 
-def _download(repo: str, name: str) -> Path:
+def _download(repo: str, name: str) -> Path | None:
+    """A repository's file from the cache or the hub; None where the repository has no such file."""
     try:
         return Path(huggingface_hub.hf_hub_download(repo, name))
-    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
-        raise _explain(repo, name, error) from error
-
-
-def _download_optional(repo: str, name: str) -> Path | None:
-    try:
-        return Path(huggingface_hub.hf_hub_download(repo, name))
-    except hub_errors.LocalEntryNotFoundError as error:
+    except hub_errors.LocalEntryNotFoundError as error:  # also an EntryNotFoundError
         raise _explain(repo, name, error) from error
     except hub_errors.EntryNotFoundError:
         return None
-    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
+    except Exception as error:  # requests, httpx and hf_xet raise what shares no base class
         raise _explain(repo, name, error) from error
 
 
@@ -91,87 +101,96 @@ def resolve_file(given: str | Path) -> Path:
     text = str(given)
     if text.startswith("hf://"):
         parts = text.removeprefix("hf://").split("/", 2)
-        if len(parts) != 3:
+        if len(parts) != 3 or not all(parts):
             raise UserError(f"{text}: expected hf://OWNER/NAME/FILE")
-        return _download("/".join(parts[:2]), parts[2])
+        return _Repository("/".join(parts[:2])).get(parts[2])
     path = Path(text.removeprefix("file://")).expanduser()
     if not path.is_file():
         raise UserError(f"no file {path}" + (": it is a folder" if path.is_dir() else ""))
     return path
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Parse a `config.json`.
-
-    Raises:
-        UserError: not JSON, or not an object.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected a JSON model config ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
-
-
 class _Source:
-    """Where files come from by name: a local folder or a repository."""
+    """Where files come from by name."""
 
-    def __init__(self, name: str):
-        self.name = name
-        self.folder = DEMO if name == "demo" else Path(name).expanduser()
-        if not self.folder.is_dir():
-            if _looks_local(name):
-                raise UserError(f"no folder {name}")
-            self.folder = None
+    name: str
 
-    def get(self, name: str) -> Path:
-        if self.folder is None:
-            return _download(self.name, name)
-        path = self._inside(name)
-        if not path.is_file():
-            found = ", ".join(sorted(p.name for p in self.folder.iterdir())[:8]) or "nothing"
-            raise UserError(f"{self.folder} has no file {name} (found: {found})")
+    def find(self, name: str) -> Path | None:
+        """The file's local path, None if the source has no such file."""
+        # A config from elsewhere may name any file: it must not lead out of its folder. Files
+        # inside may be links (the hub's cache is made of them), so only the name is judged.
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{self.name}: the config names a file outside its folder: {name!r}")
+        return self._find(name)
+
+    def get(self, name: str, instead: str = "") -> Path:
+        """The file's local path.
+
+        Raises:
+            UserError: there is no such file; `instead` says what else the user can do.
+        """
+        path = self.find(name)
+        if path is None:
+            raise UserError(f"{self.name} has no file {name}{self._found()}{instead}")
         return path
 
-    def get_optional(self, name: str) -> Path | None:
-        if self.folder is None:
-            return _download_optional(self.name, name)
-        path = self._inside(name)
+    def _find(self, name: str) -> Path | None:
+        raise NotImplementedError
+
+    def _found(self) -> str:
+        return ""
+
+
+class _Repository(_Source):
+    def __init__(self, name: str):
+        self.name = name
+
+    def _find(self, name: str) -> Path | None:
+        return _download(self.name, name)
+
+
+class _Folder(_Source):
+    def __init__(self, name: str, path: Path):
+        self.name, self.path = name, path
+
+    def _find(self, name: str) -> Path | None:
+        path = self.path / name
         return path if path.is_file() else None
 
-    def _inside(self, name: str) -> Path:
-        # A config from elsewhere may name any file: it must not lead out of its folder. Files inside
-        # may be links (the hub's cache is made of them), so only the name is judged.
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{self.folder}: the config names a file outside its folder: {name}")
-        return self.folder / name
+    def _found(self) -> str:
+        names = sorted(path.name for path in self.path.iterdir())[:8]
+        return f" (found: {', '.join(names) or 'nothing'})"
 
 
-def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+def _source(name: str) -> _Source:
+    path = DEMO if name == "demo" else Path(name).expanduser()
+    if path.is_dir():
+        return _Folder(name, path)
+    if path.is_file():
+        raise UserError(
+            f"{name} is a file: expected OWNER/NAME, a folder or demo (--moshi-weight?)"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "~")):
+        raise UserError(f"no folder {name}: expected OWNER/NAME on the hub, a folder, or demo")
+    return _Repository(name)
 
 
-def _weights_name(
-    source: _Source, config: dict[str, Any] | None, quantized: int | None
-) -> tuple[Path, int | None]:
-    """The LM's file: what `-q` asks for if it exists ready made, else the plain one."""
+def _moshi_file(source: _Source, config: Config | None, quantized: int | None) -> Path:
+    """The LM's file: the config's, else what `-q` asks for where it is ready made, else any."""
+    instead = "; name one with --moshi-weight"
     if config and "moshi_name" in config:
-        return source.get(config["moshi_name"]), quantized
-    if quantized:
-        ready = source.get_optional(f"model.q{quantized}.safetensors")
-        if ready:
-            return ready, quantized
-    for name in ("model.safetensors", "model.q4.safetensors", "model.q8.safetensors"):
-        found = source.get_optional(name)
-        if found:
-            return found, quantized
-    if "helium" in source.name:
-        return source.get(HELIUM_NAMES["moshi_name"]), quantized
-    raise UserError(
-        f"{source.name} has no model.safetensors, model.q4.safetensors or model.q8.safetensors"
-    )
+        return source.get(config["moshi_name"], instead)
+    ready = [f"model.q{quantized}.safetensors"] if quantized else []
+    for name in (*ready, *MOSHI_NAMES):
+        if found := source.find(name):
+            return found
+    if config is None and _is_helium(source):
+        return source.get(HELIUM_NAMES["moshi_name"], instead)
+    raise UserError(f"{source.name} has no {', '.join(MOSHI_NAMES)}{source._found()}{instead}")
+
+
+def _is_helium(source: _Source | None) -> bool:
+    return source is not None and "helium" in Path(source.name).name
 
 
 def find_files(
@@ -198,25 +217,25 @@ def find_files(
     """
     if hf_repo is None and not (moshi_weight and mimi_weight and tokenizer):
         hf_repo = f"kyutai/moshiko-mlx-q{quantized}" if quantized else DEFAULT_REPO
-    source = _Source(hf_repo) if hf_repo is not None else None
+    source = _source(hf_repo) if hf_repo is not None else None
+    config = _config(source, lm_config)
+    text_only = config["n_q"] == 0 if config else _is_helium(source)
+    names = config or (HELIUM_NAMES if text_only else {})
 
-    def pick(what: str, given, name: str | None) -> Path:
-        progress(f"{what}: {given or name}")
-        return resolve_file(given) if given else source.get(name)
+    def file(what: str, flag: str, given: str | Path | None, name: str) -> Path:
+        progress(f"{what}: {given or f'{name} of {source.name}'}")
+        return resolve_file(given) if given else source.get(name, f"; name one with {flag}")
 
-    if lm_config:
-        config = read_config(resolve_file(lm_config))
-    else:
-        found = source.get_optional("config.json") if source else None
-        config = read_config(found) if found else None
-    names = config or (HELIUM_NAMES if source and "helium" in source.name else {})
-    if moshi_weight:
-        moshi = pick("model", moshi_weight, None)
-    else:
-        progress(f"model: {source.name}")
-        moshi, quantized = _weights_name(source, config, quantized)
-    has_codec = names is not HELIUM_NAMES and (config is None or config.get("n_q", 0) > 0)
-    mimi = pick("codec", mimi_weight, names.get("mimi_name", MIMI_NAME)) if has_codec else None
-    text = pick("tokenizer", tokenizer, names.get("tokenizer_name", TOKENIZER_NAME))
-    name = hf_repo or str(moshi_weight)
-    return ModelFiles(name, config, moshi, mimi, text, quantized)
+    # Small files first: what is wrong with them must not cost the download of a large one.
+    text = file("tokenizer", "--tokenizer", tokenizer, names.get("tokenizer_name", TOKENIZER_NAME))
+    mimi = None
+    if not text_only:
+        mimi = file("codec", "--mimi-weight", mimi_weight, names.get("mimi_name", MIMI_NAME))
+    progress(f"model: {moshi_weight or source.name}")
+    moshi = resolve_file(moshi_weight) if moshi_weight else _moshi_file(source, config, quantized)
+    return ModelFiles(str(moshi_weight or hf_repo), config, moshi, mimi, text, quantized)
+
+
+def _config(source: _Source | None, given: str | Path | None) -> Config | None:
+    path = resolve_file(given) if given else source and source.find("config.json")
+    return read_config(path) if path else None

@@ -9,17 +9,19 @@ from typing import Any
 
 import mlx.core as mx
 import sentencepiece
-from moshi_mlx.models import Lm, LmConfig, config_helium_1_preview_2b, config_v0_1
+from moshi_mlx.models import Lm, LmConfig
 from moshi_mlx.modules.conditioner import LutConditioner
 from moshi_mlx.utils import Sampler
 
-from .codec import Codec, mimi_config_from_dict, open_codec
+from .codec import Backend, Codec, mimi_config_from_dict, open_codec
+from .config import build_lm, lm_config
 from .errors import UserError
 from .hub import ModelFiles, find_files
 from .mimi_weights import fingerprint
 from .weights import load_lm_weights
 
 FRAME_SECONDS = 0.08
+MIMI_BINS = 2048  # codes of Kyutai's Mimi
 NOT_PRINTED = (0, 3)  # end of padding, padding
 
 
@@ -128,66 +130,38 @@ class Model:
         return mx.concatenate(rows, axis=0)
 
 
-def lm_config(files: ModelFiles) -> LmConfig:
-    """The network's config: `config.json`, or what Kyutai's repositories without one hold.
-
-    Raises:
-        UserError: a config with missing or strange fields.
-    """
-    if files.config is None:
-        return config_helium_1_preview_2b() if files.mimi is None else config_v0_1()
-    try:
-        return LmConfig.from_config_dict(json.loads(json.dumps(files.config)))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{files.name}: config.json is not a Moshi config: {what}") from error
-
-
-def build_lm(config: LmConfig, name: str) -> Lm:
-    """An `Lm` with unset weights; nothing is allocated before they are read.
-
-    Raises:
-        UserError: sizes that do not go together.
-    """
-    t = config.transformer
-    if t.d_model % t.num_heads:
-        raise UserError(f"{name}: dim {t.d_model} is no multiple of num_heads {t.num_heads}")
-    if len(config.audio_delays) != config.audio_codebooks:
-        raise UserError(
-            f"{name}: {len(config.audio_delays)} audio delays for {config.audio_codebooks} codebooks"
-        )
-    try:
-        return Lm(config)
-    except (AssertionError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{name}: config.json cannot be built: {error}") from error
-
-
 def _load_tokenizer(path: Path, vocabulary: int) -> sentencepiece.SentencePieceProcessor:
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path.name}: not a SentencePiece model") from error
-    if tokenizer.get_piece_size() < vocabulary:
+    if (pieces := tokenizer.get_piece_size()) != vocabulary:
         raise UserError(
-            f"{path.name} has {tokenizer.get_piece_size()} pieces, the model speaks {vocabulary}: "
-            "is this the tokenizer of this model?"
+            f"{path.name} has {pieces} pieces, the model speaks {vocabulary}: is this the tokenizer "
+            "of this model?"
         )
     return tokenizer
 
 
-def _open_codec(files: ModelFiles, config: LmConfig, backend: str) -> Codec | None:
+def _open_codec(files: ModelFiles, config: LmConfig, backend: Backend) -> Codec | None:
     if files.mimi is None:
         return None
-    codebooks = max(config.generated_codebooks, config.other_codebooks)
     own = (files.config or {}).get("mimi_config")
     shape = mimi_config_from_dict(own) if own else None
+    bins = shape.quantizer_bins if shape else MIMI_BINS
+    if bins != config.audio_vocab_size - 1:
+        raise UserError(
+            f"{files.name}: the model has {config.audio_vocab_size - 1} codes (card), its codec "
+            f"{bins}: is this the codec of this model?"
+        )
+    codebooks = max(config.generated_codebooks, config.other_codebooks)
     return open_codec(files.mimi, codebooks, backend, shape)
 
 
-def _fingerprint(files: ModelFiles) -> str:
+def _fingerprint(files: ModelFiles, bits: int | None) -> str:
     """Tells models apart without reading gigabytes."""
     parts = [fingerprint(p) for p in (files.moshi, files.mimi, files.tokenizer) if p is not None]
-    identity = json.dumps([files.config, files.quantized, parts], sort_keys=True)
+    identity = json.dumps([files.config, bits, parts], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -199,7 +173,7 @@ def load(
     tokenizer: str | Path | None = None,
     lm_config_file: str | Path | None = None,
     quantized: int | None = None,
-    codec: str = "auto",
+    codec: Backend = "auto",
     progress: Callable[[str], None] = lambda message: None,
 ) -> Model:
     """Load a model: `load("kyutai/moshiko-mlx-q4")`, `load("./folder")`, `load("demo")`.
@@ -222,11 +196,25 @@ def load(
         quantized=quantized,
         progress=progress,
     )
-    config = lm_config(files)
+    return load_files(files, codec, progress)
+
+
+def load_files(
+    files: ModelFiles,
+    codec: Backend = "auto",
+    progress: Callable[[str], None] = lambda message: None,
+) -> Model:
+    """The second half of `load`: read a model from local files.
+
+    Raises:
+        UserError: as `load`.
+    """
+    config = lm_config(files.config, name=files.name, text_only=files.mimi is None)
+    # Small files first: a wrong one must not cost the reading of the weights.
     text = _load_tokenizer(files.tokenizer, config.text_out_vocab_size)
-    progress(f"reading {files.moshi.name}")
-    lm = build_lm(config, files.name)
-    load_lm_weights(lm, files.moshi, files.quantized)
     progress("opening the codec")
     audio = _open_codec(files, config, codec)
-    return Model(files.name, lm, files.config or {}, text, audio, _fingerprint(files))
+    progress(f"reading {files.moshi.name}")
+    lm = build_lm(config, files.name)
+    bits = load_lm_weights(lm, files.moshi, files.quantized)
+    return Model(files.name, lm, files.config or {}, text, audio, _fingerprint(files, bits))

@@ -3,21 +3,20 @@
 Safetensors only. A pickle (`.pt`, `.pth`, `.bin`) can run code when it is opened, so it is refused.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import safetensors
 from mlx import nn
 from mlx.utils import tree_flatten
 from moshi_mlx.models import Lm
-from moshi_mlx.models.lm import ScaledEmbedding
 
 from .errors import UserError
+from .pytorch_weights import Shapes, is_pytorch, pytorch_shapes
 
 GROUP_SIZE = {4: 32, 8: 64}  # Kyutai's own choice for their q4 and q8 files
-Shapes = dict[str, tuple[int, ...]]
 
 
 def read_shapes(path: Path) -> Shapes:
@@ -76,76 +75,80 @@ def check_shapes(found: Shapes, expected: Shapes, where: str) -> None:
         )
 
 
-def can_quantize(path: str, module: nn.Module, group_size: int) -> bool:
-    """Which modules quantization may replace without changing what they compute.
-
-    MLX turns a `ScaledEmbedding` into a plain `QuantizedEmbedding`: the low-rank and the demuxed
-    kind would lose their projections.
-    """
-    if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
-        return False
-    if isinstance(module, ScaledEmbedding):
-        return module.low_rank is None and not module.demux_second_stream
-    return True
-
-
 def quantize(model: nn.Module, bits: int) -> None:
-    """Quantize a loaded model in place, in Kyutai's format for these bits (4 or 8)."""
+    """Quantize a model in place, in Kyutai's format for these bits (4 or 8), layer by layer.
+
+    Weights still on disk are read, quantized and let go one at a time. Layers whose width the groups
+    do not fit stay as they are (moshi_mlx refuses such a model).
+    """
     group = GROUP_SIZE[bits]
-    nn.quantize(model, group, bits, class_predicate=lambda p, m: can_quantize(p, m, group))
+
+    def fits(path: str, module: nn.Module) -> bool:
+        return hasattr(module, "to_quantized") and module.weight.shape[-1] % group == 0
+
+    nn.quantize(model, group, bits, class_predicate=fits)
+    for _, array in tree_flatten(model.parameters()):
+        mx.eval(array)
 
 
-def _prepare_quantized(model: nn.Module, shapes: Shapes, where: str) -> None:
-    """Replace just the modules that the file holds quantized; bits and group are read off shapes."""
-    plain = expected_shapes(model)
-    quantized = {name.removesuffix(".scales") for name in shapes if name.endswith(".scales")}
-    if unknown := {p for p in quantized if f"{p}.weight" not in plain}:
-        raise UserError(f"{where}: quantized tensors of no module here: {_listed(unknown)}")
-    first = min(quantized)
-    width = plain[f"{first}.weight"][-1]
-    group = width // shapes[f"{first}.scales"][-1]
-    bits = 32 * shapes[f"{first}.weight"][-1] // width
-    if bits not in (2, 3, 4, 6, 8) or group not in (32, 64, 128):
+def _quantized_as(shapes: Shapes, plain: Shapes, where: str) -> tuple[int, int]:
+    """Bits and group size of a quantized file, read off the shapes of one of its layers."""
+    path = min(name.removesuffix(".scales") for name in shapes if name.endswith(".scales"))
+    parts = [shapes.get(f"{path}.{part}", ()) for part in ("weight", "scales")]
+    width = plain.get(f"{path}.weight", (0,))[-1]
+    if all(map(math.prod, parts)) and width:
+        packed, groups = (shape[-1] for shape in parts)
+        bits, group = 32 * packed // width, width // groups
+        if bits in (2, 3, 4, 5, 6, 8) and group in (16, 32, 64, 128):
+            return bits, group
+    raise UserError(
+        f"{where}: the quantized layer {path} does not fit: weight {list(parts[0])} with scales "
+        f"{list(parts[1])} for a width of {width}: is this the config of these weights?"
+    )
+
+
+def _prepare_quantized(model: nn.Module, shapes: Shapes, bits: int | None, where: str) -> int:
+    """Replace just the modules that the file holds quantized; returns the file's bits."""
+    held, group = _quantized_as(shapes, expected_shapes(model), where)
+    if bits not in (None, held):
         raise UserError(
-            f"{where}: {first} looks like {bits} bits in groups of {group}, which MLX has not: "
-            "is this the config of these weights?"
+            f"{where} holds {held} bits already and cannot be made {bits}: leave out -q {bits}, or "
+            "name weights that are not quantized"
         )
-    nn.quantize(model, group, bits, class_predicate=lambda p, m: p in quantized)
+    quantized = {name.removesuffix(".scales") for name in shapes if name.endswith(".scales")}
+
+    def is_held(path: str, module: nn.Module) -> bool:
+        return path in quantized and hasattr(module, "to_quantized")
+
+    nn.quantize(model, group, held, class_predicate=is_held)
+    return held
 
 
-def _from_pytorch(path: Path, model: Lm) -> list[tuple[str, mx.array]]:
-    """Kyutai's PyTorch names to moshi_mlx's, by moshi_mlx's own map."""
-    collect = SimpleNamespace(load_weights=lambda items, strict: items)
-    try:
-        return Lm.load_pytorch_weights(collect, str(path), model.cfg)
-    except KeyError as error:
-        raise UserError(
-            f"{path.name}: 1 tensor missing (PyTorch layout): {error.args[0]}"
-        ) from error
-
-
-def load_lm_weights(model: Lm, path: Path, bits: int | None = None) -> None:
+def load_lm_weights(model: Lm, path: Path, bits: int | None = None) -> int | None:
     """Load a file into a freshly built model, strictly, and quantize where asked.
 
     Args:
         model: a new `Lm` of the file's config.
         path: MLX layout (plain, or quantized to any bits and group) or Kyutai's PyTorch layout.
-        bits: quantize to 4 or 8 bits after loading; a file that is quantized already stays as it is.
+        bits: quantize to 4 or 8 bits on load.
+
+    Returns:
+        The bits that the model has now, None if it is not quantized.
 
     Raises:
-        UserError: a broken file, or one that does not fit; the tensors are named.
+        UserError: a broken file, one that does not fit (the tensors are named), or one that is
+            quantized to other bits than asked for.
     """
-    shapes = read_shapes(path)
-    if any(name.endswith(".scales") for name in shapes):
-        _prepare_quantized(model, shapes, path.name)
-        bits = None
-    if "out_norm.alpha" in shapes:
-        items = _from_pytorch(path, model)
-        shapes = {name: tuple(array.shape) for name, array in items}
+    shapes, held = read_shapes(path), None
+    if is_pytorch(shapes):
+        check_shapes(shapes, pytorch_shapes(model), f"{path.name} (PyTorch layout)")
+        model.load_pytorch_weights(str(path), model.cfg, strict=True)
     else:
-        items = list(mx.load(str(path)).items())
-    check_shapes(shapes, expected_shapes(model), path.name)
-    model.load_weights(items, strict=True)
-    if bits:
+        if any(name.endswith(".scales") for name in shapes):
+            held = _prepare_quantized(model, shapes, bits, path.name)
+        check_shapes(shapes, expected_shapes(model), path.name)
+        model.load_weights(str(path), strict=True)
+    if bits and not held:
         quantize(model, bits)
     mx.eval(model.parameters())
+    return held or bits

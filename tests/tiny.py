@@ -266,14 +266,8 @@ def _slice_tensor(number: int, shared: int, rest: str, array, out: dict, stacks:
 @functools.cache
 def tokenizer_bytes(pieces: int = TEXT_CARD) -> bytes:
     """A SentencePiece model of exactly `pieces` pieces, with Moshi's ids: 3 is padding."""
-    words = (
-        ["hello", "how", "are", "you", "today", "I", "am", "well", "thank", "you", "what", "is", "your", "name", "the", "colour", "is", "green"]
-    )
-    text = [
-        " ".join(words[i % len(words) :] + words[: j % len(words)])
-        for i in range(17)
-        for j in range(9)
-    ]
+    said = "hello how are you today I am well thank you what is your name the colour is green "
+    text = [said[i:] + said[:j] for i in range(40) for j in range(40)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text),
