@@ -10,6 +10,7 @@ The same tokens as `moshi_mlx.models.LmGen`, up to the step where that one goes 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, reduce
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +20,8 @@ from moshi_mlx.modules.transformer import LayerCache
 from moshi_mlx.utils import Sampler
 
 from .kv_cache import StepAt, TracedStep
-from .layers import make_window_cache, use_window_attention
+from .layers import end_step, make_memory_cache, use_window_attention
+from .memory import Mode
 from .sampling import draw
 
 UNGENERATED = -2  # in forced tokens: let the model draw this one
@@ -32,8 +34,8 @@ class Frame:
 
     Attributes:
         index: number of the frame, from 0.
-        tokens: int32 `[B, 1 + K]`: the text token of this frame, then the `K` generated codes of the
-            frame `max_delay` earlier (they are complete now).
+        tokens: int32 `[B, 1 + K + 1]`: the text token of this frame, the `K` generated codes of the
+            frame `max_delay` earlier (they are complete now), and 1 while the memory is finite.
         has_audio: whether those codes exist yet; always False for models without a depformer.
         transformer_out: `[B, 1, D]` (`[2B, 1, D]` under classifier-free guidance).
     """
@@ -43,10 +45,18 @@ class Frame:
     has_audio: bool
     transformer_out: mx.array
 
+    @cached_property
+    def _host(self) -> np.ndarray:
+        return np.array(self.tokens)
+
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
         """The one host read of a frame: text int32 `[B]` and codes int32 `[B, K]` or None."""
-        tokens = np.array(self.tokens)
-        return tokens[:, 0], tokens[:, 1:] if self.has_audio else None
+        return self._host[:, 0], self._host[:, 1:-1] if self.has_audio else None
+
+    @property
+    def memory_ok(self) -> bool:
+        """Whether all memories of all rows are finite (a broken one is shut out by itself)."""
+        return bool(self._host[:, -1].all())
 
 
 class _DepformerCache:
@@ -100,6 +110,7 @@ class FrameGenerator:
         cfg_coef: classifier-free guidance; 1 turns it off.
         window: keys attention sees. Default: the model's context.
         sinks: first tokens kept visible for ever, counted inside the window.
+        memory: `on`, `frozen` (read, never learn) or `off`, for models that have one.
         seed: of the random key.
         condition: added to every frame's embedding, `[1 | B, D]`; under guidance also `[2B, D]`,
             conditioned rows first.
@@ -119,6 +130,7 @@ class FrameGenerator:
         cfg_coef: float = 1.0,
         window: int | None = None,
         sinks: int = 0,
+        memory: Mode = "on",
         seed: int = 0,
         condition: mx.array | None = None,
         cross_attention_src: mx.array | None = None,
@@ -130,7 +142,7 @@ class FrameGenerator:
         self.model, self.cfg = model, model.cfg
         self.text_sampler, self.audio_sampler = text_sampler, audio_sampler
         self.batch_size, self.cfg_coef = batch_size, cfg_coef
-        self.window, self.sinks, self.seed = window, sinks, seed
+        self.window, self.sinks, self.memory, self.seed = window, sinks, memory, seed
         self.condition, self.cross_attention_src = condition, cross_attention_src
         self.on_text_hook, self.on_audio_hook = on_text_hook, on_audio_hook
         delays = [0, *self.cfg.audio_delays]
@@ -160,7 +172,13 @@ class FrameGenerator:
         start[:, 1:] = self.cfg.audio_padding_token
         self.history = mx.array(start.astype(np.int32))
         self.key = mx.random.key(self.seed)
-        self.caches = make_window_cache(self.model.transformer, self.window, self.sinks)
+        self.caches = make_memory_cache(
+            self.model.transformer,
+            self.window,
+            self.sinks,
+            batch=self.batch_size * (1 if self.cfg_coef == 1 else 2),
+            mode=self.memory,
+        )
         self.frame = 0
         self._write_mask = None
 
@@ -217,15 +235,18 @@ class FrameGenerator:
         return self._write_mask
 
     def _run_traced(self, *key_in):
-        first = self.caches[0].self_attn
-        numbers = first.step_numbers
-        rows = first.keys.shape[2]
+        # Layers with windows or memories of another shape have step numbers of their own.
+        kinds = {c.self_attn.step_shape: c.self_attn for c in self.caches}
+        numbers = mx.array([cache.step_numbers for cache in kinds.values()])
+        full = tuple(c.keys.shape[2] == c.step_numbers[3] == c.window for c in kinds.values())
+        kind = {shape: i for i, shape in enumerate(kinds)}
+        kind_of = tuple(kind[c.self_attn.step_shape] for c in self.caches)
         layers = [self._layer_arrays(c) for c in self.caches]
-        *result, layers = self._traced(
-            *key_in, mx.array(numbers), layers, full=rows == numbers[3] == first.window
-        )
-        for cache, arrays in zip(self.caches, layers, strict=True):
-            cache.self_attn.end_step(arrays)
+        *result, layers = self._traced(*key_in, numbers, layers, kind_of=kind_of, full=full)
+        for layer, cache, arrays in zip(
+            self.model.transformer.layers, self.caches, layers, strict=True
+        ):
+            end_step(layer, cache, arrays)
         return result
 
     @staticmethod
@@ -235,12 +256,14 @@ class FrameGenerator:
             arrays["cross_k"], arrays["cross_v"] = cache.cross_attn
         return arrays
 
-    def _traced_frame(self, history, user, written, key, forced, numbers, layers, full):
-        at = StepAt.of(numbers, layers[0]["keys"].shape[2], full)
+    def _traced_frame(self, history, user, written, key, forced, numbers, layers, *, kind_of, full):
+        rows = {kind: arrays["keys"].shape[2] for kind, arrays in zip(kind_of, layers, strict=True)}
+        at = [StepAt.of(numbers[i], rows[i], full[i]) for i in range(len(full))]
         caches = []
-        for cache, arrays in zip(self.caches, layers, strict=True):
-            cross = (arrays["cross_k"], arrays["cross_v"]) if "cross_k" in arrays else None
-            caches.append(LayerCache(TracedStep(cache.self_attn, arrays, at), cross))
+        for cache, arrays, kind in zip(self.caches, layers, kind_of, strict=True):
+            arrays = dict(arrays)
+            cross = (arrays.pop("cross_k"), arrays.pop("cross_v")) if "cross_k" in arrays else None
+            caches.append(LayerCache(TracedStep(cache.self_attn, arrays, at[kind]), cross))
         result = self._frame(history, user, written, key, forced, caches)
         return *result, [c.self_attn.state for c in caches]
 
@@ -258,7 +281,17 @@ class FrameGenerator:
         history = mx.where(written, new, history)
         # The frame whose last delayed codebook has just been written.
         ready = history[:, 1 : 1 + self.codebooks, 1]
-        return history, key, mx.concatenate([text, ready], axis=1), out
+        tokens = mx.concatenate([text, ready, self._memory_ok(caches)], axis=1)
+        return history, key, tokens, out
+
+    def _memory_ok(self, caches: list[LayerCache]) -> mx.array:
+        """1 where every memory of a row is finite, else 0: int32 `[B, 1]`."""
+        memories = [getattr(c.self_attn, "memory", None) for c in caches]
+        flags = [memory.ok for memory in memories if memory is not None]
+        if not flags:
+            return mx.ones((self.batch_size, 1), mx.int32)
+        ok = reduce(mx.logical_and, flags)
+        return ok.reshape(-1, self.batch_size).all(axis=0)[:, None].astype(mx.int32)
 
     def _transform(self, tokens: mx.array, caches: list[LayerCache]) -> mx.array:
         xs = embed_frame(self.model, tokens)
@@ -297,20 +330,21 @@ class FrameGenerator:
     def state(self) -> tuple[dict[str, mx.array], dict[str, int]]:
         """All that the next frame depends on besides model and settings: arrays and counters."""
         arrays = {"history": self.history, "key": self.key}
+        meta = {"frame": self.frame}
         for i, cache in enumerate(self.caches):
             arrays |= {f"layers.{i}.{name}": a for name, a in self._layer_arrays(cache).items()}
-        return arrays, {"frame": self.frame, **self.caches[0].self_attn.meta_state}
+            meta |= {f"layers.{i}.{name}": n for name, n in cache.self_attn.meta_state.items()}
+        return arrays, meta
 
     def load_state(self, arrays: dict[str, mx.array], meta: dict[str, int]) -> None:
         """Go on from `state()` of a generator with the same model and settings, bit for bit."""
         self.reset()
         self.history, self.key, self.frame = arrays["history"], arrays["key"], int(meta["frame"])
         for i, cache in enumerate(self.caches):
-            prefix = f"layers.{i}."
-            own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+            own = _under(f"layers.{i}.", arrays)
             if "cross_k" in own:
                 cache.cross_attn = own["cross_k"], own["cross_v"]
-            cache.self_attn.load_state(own, meta)
+            cache.self_attn.load_state(own, _under(f"layers.{i}.", meta))
 
     # -- beside the frame ---------------------------------------------------------------------
 
@@ -333,6 +367,10 @@ class FrameGenerator:
         """Probabilities of the model's extra heads for a frame, `[B, 1, extra_heads_dim]` each."""
         heads = self.model.extra_heads
         return [mx.softmax(head(frame.transformer_out), axis=-1) for head in heads]
+
+
+def _under(prefix: str, tree: dict) -> dict:
+    return {name.removeprefix(prefix): x for name, x in tree.items() if name.startswith(prefix)}
 
 
 def _force(drawn: mx.array, forced: mx.array | None) -> mx.array:

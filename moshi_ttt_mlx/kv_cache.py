@@ -9,10 +9,14 @@ has exactly as many slots as the window, so ring order does not matter for a sin
 steps at once are read in time order under a causal + window mask.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 from mlx import nn
+
+if TYPE_CHECKING:
+    from .memory import MemoryCache, Virtual
 
 # Slots are allocated in blocks as the talk goes on: a short talk never pays for the whole window.
 _BLOCK = 256
@@ -37,6 +41,63 @@ def rotate(rope: nn.RoPE | None, xs: mx.array, delta: int | mx.array) -> mx.arra
         return xs
     b, h, n, d = xs.shape
     return rope(xs.reshape(b, h * n, 1, d), offset=delta).reshape(b, h, n, d)
+
+
+def read(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: mx.array | None = None,
+    virtual: "tuple[Virtual, mx.array] | None" = None,
+) -> mx.array:
+    """Softmax attention over real keys and, where there is a memory, virtual ones beside them.
+
+    Args:
+        q, k, v: `[B, H, T, D]`, `[B, H, N, D]` twice.
+        scale: factor on the logits.
+        mask: bool, True where a key may be seen; broadcasts to `[B, H, T, N]`.
+        virtual: virtual keys and values, and the queries before rotation: virtual keys are at
+            distance 0.
+    """
+    own = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    if virtual is None:
+        return own
+    scores = (q @ k.swapaxes(2, 3)).astype(_wide(q)) * scale
+    if mask is not None:
+        scores = mx.where(mask, scores, -mx.inf)
+    return mix(own, scores, *virtual, scale)
+
+
+def mix(
+    own: mx.array, scores: mx.array, virtual: "Virtual", plain_q: mx.array, scale: float
+) -> mx.array:
+    """Put virtual tokens into a softmax that has been taken over real ones.
+
+    A virtual token of logit `s`, value `u` and gate `a` takes part with the weight `|a| exp(s)` and
+    the value `sign(a) u`: with gates of 1 that is one softmax over all keys. Written as a
+    correction of `own`, so that `a = 0` gives `own` bit for bit and still has a gradient.
+
+    Args:
+        own: attention over the real keys, `[B, H, T, D]`.
+        scores: their logits, `[B, H, T, N]`.
+        virtual: the virtual tokens.
+        plain_q: queries before rotation, `[B, H, T, D]`.
+        scale: factor on virtual logits.
+    """
+    total = mx.logsumexp(scores, axis=-1, keepdims=True)
+    logits = virtual.logits(plain_q, scale)
+    top = mx.stop_gradient(mx.maximum(total, mx.max(logits, axis=-1, keepdims=True)))
+    weights = mx.exp(logits - top)
+    signed, size = virtual.gate * weights, mx.abs(virtual.gate) * weights
+    size = mx.sum(size, axis=-1, keepdims=True)
+    wide = own.astype(scores.dtype)
+    change = (virtual.mix(signed) - size * wide) / (mx.exp(total - top) + size)
+    return (wide + change).astype(own.dtype)
+
+
+def _wide(x: mx.array) -> mx.Dtype:
+    return mx.float64 if x.dtype == mx.float64 else mx.float32
 
 
 class WindowKVCache:
@@ -177,13 +238,21 @@ class WindowKVCache:
         self._rebase()
         return fetched
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    def attend(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        virtual: "tuple[Virtual, mx.array] | None" = None,
+    ) -> mx.array:
         """Store `T` tokens and return what each of them reads.
 
         Args:
             q, k: `[B, H, T, D]`, rotated to positions `offset .. offset + T - 1`.
             v: `[B, H, T, D]`.
             scale: factor on the logits.
+            virtual: a memory's tokens and the unrotated queries; see `read`.
 
         Returns:
             `[B, H, T, D]`. The same numbers for any split of a sequence into calls.
@@ -191,44 +260,41 @@ class WindowKVCache:
         tokens = q.shape[2]
         if tokens == 1:
             k, v = self.update_and_fetch(k, v)
-            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+            return read(q, k, v, scale, virtual=virtual)
         # In pieces no longer than the ring: memory stays linear in T and a piece wraps at most once.
         outs = []
         for start in range(0, tokens, self.ring):
             part = slice(start, start + self.ring)
-            outs.append(self._attend_piece(q[:, :, part], k[:, :, part], v[:, :, part], scale))
+            some = virtual and (virtual[0].part(part), virtual[1][:, :, part])
+            piece = q[:, :, part], k[:, :, part], v[:, :, part]
+            outs.append(self._attend_piece(*piece, scale, some))
         self._rebase()
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
 
-    def _attend_piece(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    def _attend_piece(self, q, k, v, scale, virtual) -> mx.array:
         before, position = self.length, self.offset
+        self._reserve(k.shape[2], k)
         old_k, old_v = self._latest(self.ring - 1)
-        new = max(0, min(self.sinks - before, k.shape[2]))
         self._store(k, v)
-        k = (
-            mx.concatenate([old_k, k[..., new:, :]], axis=2)
-            if old_k is not None
-            else k[..., new:, :]
-        )
-        v = (
-            mx.concatenate([old_v, v[..., new:, :]], axis=2)
-            if old_v is not None
-            else v[..., new:, :]
-        )
+        new = max(0, min(self.sinks - before, k.shape[2]))
+        k = mx.concatenate([old_k, k[..., new:, :]], axis=2)
+        v = mx.concatenate([old_v, v[..., new:, :]], axis=2)
         query = mx.arange(before, self.length)[:, None]
         token = mx.arange(self.length - k.shape[2], self.length)[None]
         mask = (token <= query) & (token > query - self.ring)
         if not self.sinks:
-            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+            return read(q, k, v, scale, mask, virtual)
+        return self._read_with_sinks(q, k, v, scale, mask, query, position, virtual)
+
+    def _read_with_sinks(self, q, k, v, scale, mask, query, position, virtual) -> mx.array:
         seen = min(self.sinks, self.length)
-        sink_q = self._turn_queries(q, position)
-        scores = mx.concatenate(
-            [sink_q @ self.sink_keys[..., :seen, :].swapaxes(2, 3), q @ k.swapaxes(2, 3)], axis=3
-        )
+        sink_scores = self._turn_queries(q, position) @ self.sink_keys[..., :seen, :].swapaxes(2, 3)
+        scores = mx.concatenate([sink_scores, q @ k.swapaxes(2, 3)], axis=3).astype(_wide(q))
         mask = mx.concatenate([mx.arange(seen)[None] <= query, mask], axis=1)
         scores = mx.where(mask, scores * scale, -mx.inf)
         v = mx.concatenate([self.values[..., :seen, :], v], axis=2)
-        return mx.softmax(scores, axis=-1, precise=True).astype(v.dtype) @ v
+        own = mx.softmax(scores, axis=-1, precise=True).astype(v.dtype) @ v
+        return own if virtual is None else mix(own, scores, *virtual, scale)
 
     def _turn_queries(self, q: mx.array, position: int) -> mx.array:
         """Turn each query back as far as its sinks are turned forward: the logits are the same."""
@@ -246,11 +312,11 @@ class WindowKVCache:
         )
         return mx.concatenate([first, turned], axis=2)
 
-    def _latest(self, most: int) -> tuple[mx.array | None, mx.array | None]:
+    def _latest(self, most: int) -> tuple[mx.array, mx.array]:
         """The latest keys and values of the ring in time order, at most `most` of them."""
         count = min(max(self.length - self.sinks, 0), most)
         if count == 0:
-            return None, None
+            return self.keys[..., :0, :], self.values[..., :0, :]
         first = self._slot(self.length - count)
         last = self._slot(self.length - 1)
         if first <= last:
@@ -270,10 +336,16 @@ class WindowKVCache:
         return True
 
     @property
-    def step_numbers(self) -> tuple[int, int, int, int]:
-        """For the token to come: its position, its slot, the turn of the sinks, rows it may see."""
+    def step_numbers(self) -> tuple[int, ...]:
+        """For the token to come: its position, its slot, the turn of the sinks, rows it may see,
+        and its place in the memory's mini-batch (0 without one)."""
         turn = max(0, self.offset + 1 - self.window) if self.sinks else 0
-        return self.offset, self._slot(self.length), turn, min(self.length + 1, self.window)
+        return self.offset, self._slot(self.length), turn, min(self.length + 1, self.window), 0
+
+    @property
+    def step_shape(self) -> tuple:
+        """Layers of equal shape share their step numbers."""
+        return self.window, self.sinks, None
 
     def end_step(self, arrays: dict[str, mx.array]) -> None:
         """Take over what a `TracedStep` left behind."""
@@ -308,6 +380,59 @@ class WindowKVCache:
         self.length, self.offset = int(meta["length"]), int(meta["offset"])
 
 
+class HybridKVCache(WindowKVCache):
+    """A window with a memory beside it: what has left the window can still be answered from it.
+
+    Args:
+        window, sinks, rope: see `WindowKVCache`; the window may be much smaller than the context.
+        new_memory: makes the memory's state before the first token.
+    """
+
+    def __init__(
+        self,
+        window: int,
+        sinks: int,
+        rope: nn.RoPE | None,
+        new_memory: "Callable[[], MemoryCache]",
+    ):
+        self._new_memory = new_memory
+        super().__init__(window, sinks, rope)
+
+    def reset(self) -> None:
+        super().reset()
+        self.memory = self._new_memory()
+
+    @property
+    def step_numbers(self) -> tuple[int, ...]:
+        return *super().step_numbers[:4], self.memory.position
+
+    @property
+    def step_shape(self) -> tuple:
+        return self.window, self.sinks, self.memory.position
+
+    def end_step(self, arrays: dict[str, mx.array]) -> None:
+        super().end_step(arrays)
+        self.memory.load_state(_of_memory(arrays), self.memory.meta_state)
+
+    @property
+    def state(self) -> dict[str, mx.array]:
+        memory = {f"memory.{name}": array for name, array in self.memory.state.items()}
+        return super().state | memory
+
+    @property
+    def meta_state(self) -> dict[str, int]:
+        return super().meta_state | self.memory.meta_state
+
+    def load_state(self, arrays: dict[str, mx.array], meta: dict[str, int]) -> None:
+        super().load_state(arrays, meta)
+        self.memory.load_state(_of_memory(arrays), meta)
+
+
+def _of_memory(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    prefix = "memory."
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+
+
 class StepAt(NamedTuple):
     """The Python numbers of one step as arrays, shared by all layers (int32 `[]` unless stated)."""
 
@@ -315,12 +440,13 @@ class StepAt(NamedTuple):
     slot: mx.array  # [1]
     turn: mx.array
     mask: mx.array | None  # bool [1, 1, 1, N]; None once every row may be seen
+    place: mx.array
 
     @classmethod
     def of(cls, numbers: mx.array, rows: int, full: bool) -> "StepAt":
-        """From `WindowKVCache.step_numbers` as an int32 array `[4]`."""
+        """From `WindowKVCache.step_numbers` as an int32 array `[5]`."""
         mask = None if full else (mx.arange(rows) < numbers[3])[None, None, None]
-        return cls(numbers[0], numbers[1:2], numbers[2], mask)
+        return cls(numbers[0], numbers[1:2], numbers[2], mask, numbers[4])
 
 
 class TracedStep:
@@ -331,18 +457,26 @@ class TracedStep:
 
     def __init__(self, cache: WindowKVCache, arrays: dict[str, mx.array], at: StepAt):
         self.rope, self.sinks, self.at = cache.rope, cache.sinks, at
-        self.state = dict(arrays)
+        self._own = {n: a for n, a in arrays.items() if not n.startswith("memory.")}
+        memory = _of_memory(arrays)
+        self.memory = cache.memory.traced(memory, at.place) if memory else None
 
     @property
     def offset(self) -> mx.array:
         return self.at.offset
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    @property
+    def state(self) -> dict[str, mx.array]:
+        """As `WindowKVCache.state`."""
+        memory = self.memory.state if self.memory is not None else {}
+        return self._own | {f"memory.{name}": array for name, array in memory.items()}
+
+    def attend(self, q, k, v, scale: float, virtual=None) -> mx.array:
         """As `WindowKVCache.attend` for `T = 1`."""
-        keys = mx.slice_update(self.state["keys"], k, self.at.slot, axes=(2,))
+        keys = mx.slice_update(self._own["keys"], k, self.at.slot, axes=(2,))
         if self.sinks:
-            turned = rotate(self.rope, self.state["sink_keys"], self.at.turn)
+            turned = rotate(self.rope, self._own["sink_keys"], self.at.turn)
             keys = mx.slice_update(keys, turned, mx.array([0]), axes=(2,))
-        values = mx.slice_update(self.state["values"], v, self.at.slot, axes=(2,))
-        self.state["keys"], self.state["values"] = keys, values
-        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=self.at.mask)
+        values = mx.slice_update(self._own["values"], v, self.at.slot, axes=(2,))
+        self._own["keys"], self._own["values"] = keys, values
+        return read(q, keys, values, scale, self.at.mask, virtual)

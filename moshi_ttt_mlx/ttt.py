@@ -419,12 +419,9 @@ class InnerLearner(nn.Module):
         Raises:
             ValueError: decay given and not used by the rules, or the reverse.
         """
-        params = self._params()
         if not update:
-            c = self.rules.mini_batch
-            return _read(
-                self.rules, params, state.weights, state.rows, _wide(q), state.tokens % c
-            ), state
+            return self.read(q, state), state
+        params = self._params()
         tokens = self._tokens(q, k, v, lr, decay)
         outs, done, total = [], 0, q.shape[2]
         while done < total:
@@ -435,6 +432,28 @@ class InnerLearner(nn.Module):
             outs.append(out)
             done = end
         return mx.concatenate(outs, axis=2), state
+
+    def read(self, q: mx.array, state: TTTState) -> mx.array:
+        """Answer `q [B, H, n, f]` from a state, as its last learned token would be; learn nothing."""
+        place = state.tokens % self.rules.mini_batch
+        return _read(self.rules, self._params(), state.weights, state.rows, _wide(q), place)
+
+    def trace(
+        self, q, k, v, lr, state: TTTState, place: mx.array, decay=None
+    ) -> tuple[mx.array, TTTState]:
+        """One token (`T = 1`) at an array place of its mini-batch, for use inside `mx.compile`.
+
+        Counters stay as they are and nothing is folded: call `advance` on the state afterwards.
+        """
+        tokens = self._tokens(q, k, v, lr, decay)
+        out, rows = _piece(self.rules, self._params(), state.weights, state.rows, tokens, place)
+        return out, replace(state, rows=rows)
+
+    def advance(self, state: TTTState) -> TTTState:
+        """Count the token that `trace` added, and fold its mini-batch if that is full."""
+        state = replace(state, tokens=state.tokens + 1)
+        full = state.tokens % self.rules.mini_batch == 0
+        return self._folded(self._params(), state) if full else state
 
     def norms(self, state: TTTState) -> Arrays:
         """The monitor: `step` and `drift`, relative norms `[B, H, layers]`, not read by the host.

@@ -1,0 +1,150 @@
+"""Memory into a moshi_mlx `Lm`, out of it, and adapters on disk. The base is never edited.
+
+    adapter = add_memory(lm, MemoryConfig(layers="top:16", window=250))
+    save_adapter(adapter, "my_memory")
+    remove_memory(lm)
+    adapter = load_adapter(lm, "my_memory")
+
+An adapter is two files in a folder or hub repository: `memory.safetensors` and
+`memory_config.json`.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+from moshi_mlx.models import Lm
+
+from .errors import UserError
+from .hub import _Source as Source
+from .hub import read_config
+from .layers import MemoryAttention, WindowAttention, use_window_attention
+from .memory import MemoryConfig, TTTMemory
+from .weights import check_shapes, expected_shapes, read_shapes
+
+WEIGHTS_NAME = "memory.safetensors"
+CONFIG_NAME = "memory_config.json"
+FORMAT = 1
+
+
+class Adapter(nn.Module):
+    """All memories of one model: the parameters that training changes.
+
+    Args:
+        config: their shape.
+        memories: memory by layer index.
+    """
+
+    def __init__(self, config: MemoryConfig, memories: dict[int, TTTMemory]):
+        super().__init__()
+        self._config = config
+        self.layers = {str(index): memory for index, memory in memories.items()}
+
+    @property
+    def config(self) -> MemoryConfig:
+        return self._config
+
+    def num_parameters(self) -> int:
+        """Outer-loop parameters."""
+        return sum(array.size for _, array in tree_flatten(self.parameters()))
+
+
+def add_memory(lm: Lm, config: MemoryConfig) -> Adapter:
+    """Put an untrained memory into a model; its gates are shut, so nothing changes yet.
+
+    Raises:
+        UserError: layers the model does not have, or a model that has a memory already.
+    """
+    if find_memory(lm) is not None:
+        raise UserError("this model has a memory already: remove_memory first")
+    transformer = lm.transformer
+    use_window_attention(transformer)
+    memories = {}
+    for index in config.layer_indices(len(transformer.layers)):
+        memory = TTTMemory(lm.cfg.transformer.d_model, lm.cfg.transformer.num_heads, config)
+        layer = transformer.layers[index]
+        layer.self_attn = MemoryAttention.with_memory(layer.self_attn, memory)
+        memories[index] = memory
+    return Adapter(config, memories)
+
+
+def find_memory(lm: Lm) -> Adapter | None:
+    """The memory a model has, or None."""
+    memories = {
+        index: layer.self_attn.memory
+        for index, layer in enumerate(lm.transformer.layers)
+        if isinstance(layer.self_attn, MemoryAttention)
+    }
+    return Adapter(next(iter(memories.values())).config, memories) if memories else None
+
+
+def remove_memory(lm: Lm) -> None:
+    """Take the memory out: the base model as it was."""
+    for layer in lm.transformer.layers:
+        if isinstance(layer.self_attn, MemoryAttention):
+            layer.self_attn = WindowAttention.sharing(layer.self_attn)
+
+
+def save_adapter(adapter: Adapter, folder: str | Path) -> None:
+    """Write `memory.safetensors` and `memory_config.json` into a folder, made where missing.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = dict(tree_flatten(adapter.parameters()))
+        mx.save_safetensors(str(folder / WEIGHTS_NAME), arrays, {"format": "mlx"})
+        config = {"format": FORMAT, **asdict(adapter.config)}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"could not write an adapter into {folder}: {error}") from error
+
+
+def read_memory_config(path: Path) -> MemoryConfig:
+    """Parse a `memory_config.json`.
+
+    Raises:
+        UserError: another format, unknown fields, impossible values.
+    """
+    fields = read_config(path)
+    if fields.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: expected a memory config of format {FORMAT}")
+    try:
+        return MemoryConfig(**fields)
+    except TypeError as error:
+        raise UserError(f"{path}: not a memory config: {error}") from error
+
+
+def adapter_files(adapter_path: str) -> tuple[Path, Path]:
+    """Config and weights of an adapter: a folder, or a repository on the hub.
+
+    Raises:
+        UserError: either is missing.
+    """
+    source = Source(adapter_path)
+    return source.get(CONFIG_NAME), source.get(WEIGHTS_NAME)
+
+
+def load_adapter(lm: Lm, adapter_path: str) -> Adapter:
+    """Put a saved memory into a model.
+
+    Raises:
+        UserError: an adapter of another model: tensors and shapes are named.
+    """
+    config_file, weights_file = adapter_files(adapter_path)
+    adapter = add_memory(lm, read_memory_config(config_file))
+    try:
+        where = f"adapter {adapter_path}"
+        check_shapes(read_shapes(weights_file), expected_shapes(adapter), where)
+    except UserError:
+        remove_memory(lm)
+        raise
+    weights = {n: a.astype(mx.float32) for n, a in mx.load(str(weights_file)).items()}
+    adapter.update(tree_unflatten(list(weights.items())))
+    mx.eval(adapter.parameters())
+    return adapter
