@@ -1,0 +1,63 @@
+"""Measure the frame loop beside moshi_mlx's on this machine.
+
+Without a model: a tiny seeded one in float32, made on the spot. The last line of stdout is one JSON
+object; progress goes to stderr.
+"""
+
+import argparse
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from .common import add_model_arguments, load_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="nothing but the JSON on stdout")
+    parser.add_argument("--long", action="store_true", help="to frame 100,000 instead of 10,000")
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from .. import bench, lanes
+
+    console = Console(stderr=True)
+    compared, enduring = _models(args, console)
+    with console.status("frame time beside moshi_mlx") as status:
+        result = bench.compare_with_moshi_mlx(compared)
+        late = 100_000 if args.long else 10_000
+        result |= bench.endure(enduring, late=late, progress=status.update)
+    result["machine"] = lanes.describe()
+    if not args.json:
+        for table in _tables(result):
+            Console().print(table)
+    print(json.dumps(result))
+    return 0
+
+
+def _models(args: argparse.Namespace, console: Console):
+    """The model to compare, and the one for the long run (a smaller one if none is named)."""
+    from ..bench import tiny_lm
+
+    if any((args.hf_repo, args.moshi_weight, args.lm_config, args.quantized)):
+        lm = load_model(args, console).lm
+        return lm, lm
+    return tiny_lm(), tiny_lm(layers=1, codebooks=2, depformer_layers=1)
+
+
+def _tables(result: dict) -> list[Table]:
+    beside = Table("", "p50 ms", "p95 ms", "host reads", "graph nodes", title="One frame")
+    for name, prefix in (("moshi-ttt-mlx", ""), ("moshi_mlx", "moshi_mlx_")):
+        times = [f"{result[f'{prefix}frame_ms_p{p}']:.2f}" for p in (50, 95)]
+        counts = [
+            f"{result[f'{prefix}{key}_per_frame']:g}" for key in ("host_reads", "graph_nodes")
+        ]
+        beside.add_row(name, *times, *counts)
+    beside.add_row("ratio", f"{result['ratio']:.2f}", style="bold")
+    along = Table("frame", "p50 ms", "grown by", title="One long talk")
+    along.add_row(f"{result['early_frame']:,}", f"{result['early_frame_ms_p50']:.2f}", "")
+    grown = f"{result['growth_bytes'] / 2**20:.1f} MiB"
+    along.add_row(f"{result['late_frame']:,}", f"{result['late_frame_ms_p50']:.2f}", grown)
+    along.add_row("ratio", f"{result['flat_ratio']:.2f}", style="bold")
+    return [beside, along]
