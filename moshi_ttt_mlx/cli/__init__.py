@@ -10,6 +10,7 @@ from ..errors import UserError
 
 # Verb -> what it is for. A verb's module has `add_arguments(parser)` and `run(args) -> int | None`.
 VERBS = {
+    "chat": "talk, live: microphone and loudspeaker (the verb when none is named)",
     "transcribe": "run a recording through a model: reply, words, subtitles",
     "bench": "measure the frame loop beside moshi_mlx's on this machine",
 }

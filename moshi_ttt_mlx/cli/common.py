@@ -5,6 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..errors import UserError
+
+DEMO_NOTE = "the demo model is tiny and untrained: its words mean nothing"
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that choose a model; moshi_mlx's names and spellings all work."""
@@ -70,8 +74,6 @@ def talk_settings(args: argparse.Namespace) -> dict:
 
 
 def _conditions(args: argparse.Namespace) -> dict[str, str] | None:
-    from ..errors import UserError
-
     if not args.condition:
         return None
     wrong = [text for text in args.condition if "=" not in text]
@@ -91,3 +93,14 @@ def open_session(args: argparse.Namespace, model, console: Console):
         console.print(f"resumed at {seconds / 60:.0f}:{seconds % 60:04.1f}", style="dim")
         return session
     return Session(model, **talk_settings(args))
+
+
+def check_folders(*paths: str | None) -> None:
+    """Refuse outputs into folders that do not exist, before a model is loaded.
+
+    Raises:
+        UserError: naming the first such folder.
+    """
+    for path in filter(None, paths):
+        if not (folder := Path(path).resolve().parent).is_dir():
+            raise UserError(f"no folder {folder} to write {path} into")

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from ..audio import FRAME_SIZE, SAMPLE_RATE, FrameReader, WavWriter, iter_frames
 from ..errors import UserError
 from ..transcript import FORMATS
-from .common import add_model_arguments, add_talk_arguments, load_model, open_session
+from .common import DEMO_NOTE, add_model_arguments, add_talk_arguments, load_model, open_session
 
 FRAMES_PER_SECOND = SAMPLE_RATE / FRAME_SIZE
 
@@ -50,9 +50,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{model.name} only writes: leave out {args.outfile}")
         session = open_session(args, model, console)
         if args.hf_repo == "demo":
-            console.print(
-                "the demo model is tiny and untrained: its words mean nothing", style="yellow"
-            )
+            console.print(DEMO_NOTE, style="yellow")
         started = time.monotonic()
         heard = session.frame
         _talk(session, frames, sound, args, console)

@@ -1,0 +1,198 @@
+"""Talk with Moshi, live: microphone in, loudspeaker out, for as long as you like.
+
+Ctrl-C ends the talk and offers to keep it; a second one quits at once. Into a pipe only words go to
+stdout and warnings to stderr. Exit status 1 when a device went away; all is saved then, too.
+"""
+
+import argparse
+import os
+import queue
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from rich.console import Console
+
+from ..devices import Loudspeaker, Microphone, describe_devices, find_device
+from ..errors import UserError
+from ..keep import Keeper
+from ..live import Ended, Ready, Said, Talk, Warned, warm_up
+from ..transcript import FORMATS
+from .common import (
+    DEMO_NOTE,
+    add_model_arguments,
+    add_talk_arguments,
+    check_folders,
+    load_model,
+    open_session,
+)
+from .screen import clock, make_screen
+
+REFRESH_SECONDS = 0.125
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sound")
+    group.add_argument(
+        "--input-device", metavar="NAME|N", help="microphone: number or part of name"
+    )
+    group.add_argument("--output-device", metavar="NAME|N", help="loudspeaker, likewise")
+    group.add_argument("--list-devices", action="store_true", help="show the devices and leave")
+    group.add_argument("--record", metavar="FILE", help="wav of the talk: left Moshi, right you")
+    for kind in FORMATS:
+        parser.add_argument(f"--{kind}", metavar="FILE", help=f"write the words as {kind}")
+    parser.add_argument("--session", metavar="FILE", help="go on with this talk, and save it there")
+    parser.add_argument(
+        "--max-seconds", type=float, metavar="S", help="end by itself, for scripts: asks nothing"
+    )
+    add_model_arguments(parser)
+    add_talk_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list_devices:
+        print(describe_devices())
+        return 0
+    # All that can be wrong without a model is checked first: loading one takes minutes.
+    check_folders(args.record, args.session, *(getattr(args, kind) for kind in FORMATS))
+    microphone = Microphone(find_device("input", args.input_device))
+    loudspeaker = Loudspeaker(find_device("output", args.output_device))
+    transcripts = {kind: path for kind in FORMATS if (path := getattr(args, kind))}
+    keeper = Keeper(args.record, transcripts, lambda message: talk.events.put(Warned(message)))
+    screen, console = make_screen()
+
+    def begin():
+        session = open_session(args, load_model(args, console), console)
+        with console.status("warming up"):
+            warm_up(session)
+        keeper.begin(session)
+        return session
+
+    talk = Talk(begin, microphone, loudspeaker, on_frame=keeper.put, max_seconds=args.max_seconds)
+    try:
+        return _chat(args, talk, keeper, screen, console)
+    except KeyboardInterrupt:
+        # The worker may be inside MLX, where no exception reaches it: leave without it.
+        console.show_cursor()
+        print("\nmoshi-ttt-mlx: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+
+
+def _chat(args, talk, keeper, screen, console) -> int:
+    try:
+        with _stopping(talk) as asked:
+            talk.start()
+            ended = _follow(args, talk, screen)
+    except OSError:
+        # The terminal, or the reader of a pipe, is gone; that is no reason to lose a talk.
+        if args.session and talk.started:
+            talk.save(args.session)
+        raise
+    finally:
+        talk.stop()
+        keeper.close()
+    if ended.error is not None:
+        raise ended.error
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    may_ask = interactive and bool(ended.reason or signal.SIGINT in asked)
+    if ended.reason:
+        screen.warn(f"{ended.reason}: the talk is over")
+    _keep(args.session, talk, screen, console if may_ask else None)
+    talk.close()
+    return 1 if ended.reason else 0
+
+
+@contextmanager
+def _stopping(talk) -> Iterator[set[int]]:
+    """Ctrl-C, SIGTERM and a closed terminal end the talk; yields the signals that came.
+
+    The second one, or one before there is anything to keep, is a KeyboardInterrupt.
+    """
+    asked: set[int] = set()
+
+    def handle(number: int, _frame) -> None:
+        if asked or not talk.started:
+            raise KeyboardInterrupt
+        asked.add(number)
+        talk.stop()
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _follow(args, talk, screen) -> Ended:
+    """Show what happens until the talk is over; returns its `Ended`."""
+    with screen:
+        while True:
+            event = None
+            with suppress(queue.Empty):
+                event = talk.events.get(timeout=REFRESH_SECONDS)
+            if isinstance(event, Ready):
+                _greet(args, screen)
+            elif isinstance(event, Said):
+                screen.said(event.text, event.time)
+            elif isinstance(event, Warned):
+                screen.warn(event.message)
+            elif isinstance(event, Ended):
+                break
+            if talk.started:
+                screen.show(talk.status())
+        status = talk.status()
+        if talk.started:
+            screen.note(f"talked {clock(status.sitting)} ({clock(status.age)} in all)")
+    return event
+
+
+def _greet(args, screen) -> None:
+    if args.hf_repo == "demo":
+        screen.warn(DEMO_NOTE)
+    screen.note("talk now, best with headphones; Ctrl-C ends")
+
+
+def _keep(path: str | None, talk, screen, console: Console | None) -> None:
+    """Save the talk: where it came from, or (with a console) where the user says.
+
+    Raises:
+        UserError: it cannot be written, and there is nobody to name another place.
+    """
+    while path or console:
+        path = path or _ask(console)
+        if not path:
+            return
+        try:
+            talk.save(path)
+        except UserError as error:
+            if not console:
+                raise
+            screen.warn(str(error))
+            path = None
+        else:
+            screen.note(f"kept: go on with --session {path}")
+            return
+
+
+def _ask(console: Console) -> str | None:
+    """A path to keep the talk in; None for no."""
+    proposed = time.strftime("talk-%Y%m%d-%H%M%S.session")
+    while True:
+        try:
+            answer = console.input(f"keep this talk? \\[y/N or a file name; y is {proposed}] ")
+        except EOFError:
+            return None
+        answer = answer.strip()
+        if answer.lower() in ("", "n", "no"):
+            return None
+        path = proposed if answer.lower() in ("y", "yes") else answer
+        if not Path(path).exists():
+            return path
+        console.print(f"{path} exists: name another file", style="yellow", markup=False)

@@ -1,0 +1,131 @@
+"""Keep a talk on disk while it goes on, so that a crash loses seconds: stereo WAV and transcripts.
+
+What lives here: :class:`Keeper`, a thread of its own, since a disk may take its time and a reply may
+not. What does not: the session file, which is written by the worker thread (`live.Talk.save`).
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .audio import WavWriter
+from .errors import UserError
+from .transcript import Transcript
+
+if TYPE_CHECKING:
+    from .session import Session, SpokenFrame
+
+REWRITE_SECONDS = 2.0
+"""A transcript on disk is at most this old, while writing it is quick."""
+
+REWRITE_SHARE = 0.05
+"""A transcript is rewritten whole, so a long one takes long: no more than this share of the time."""
+
+WAITING_FRAMES = 750
+"""Frames that may wait for a slow disk: a minute, 11 MB."""
+
+_CLOSE_SECONDS = 10.0
+
+
+class Keeper:
+    """Writes what was heard and said, as it comes.
+
+    The WAV holds what a listener hears: left the reply that came with a step, right the user's frame
+    of that step. The transcripts hold the whole talk, earlier sittings included.
+
+    Args:
+        record: WAV to create or replace; opened at once, so that a typo shows before loading.
+        transcripts: path by format, of `transcript.FORMATS`.
+        warn: called with one line, on another thread, when something cannot be written.
+
+    Raises:
+        UserError: the WAV cannot be made.
+    """
+
+    def __init__(
+        self,
+        record: str | PathLike | None,
+        transcripts: Mapping[str, str | PathLike],
+        warn: Callable[[str], None],
+    ):
+        self._sound = WavWriter(record, channels=2) if record else None
+        self._paths, self._warn = dict(transcripts), warn
+        self._frames: queue.Queue = queue.Queue(WAITING_FRAMES)
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._late = self._dirty = False
+
+    def begin(self, session: "Session") -> None:
+        """Go on from the words that a session has; before its first frame."""
+        # A copy: the session belongs to another thread.
+        self._words = Transcript.from_state(session.transcript.state())
+        self._speaker = session.speaker
+        self._dirty = True
+        self._thread.start()
+
+    def put(self, spoken: "SpokenFrame", user: np.ndarray) -> None:
+        """Take one step's result and the user's frame; does not wait for the disk."""
+        try:
+            self._frames.put_nowait((spoken, user))
+        except queue.Full:
+            if not self._late:
+                self._warn(
+                    "the disk does not keep up: recording and transcript have gaps from here"
+                )
+            self._late = True
+
+    def close(self) -> None:
+        """Write all that is left."""
+        if self._thread.is_alive():
+            with suppress(queue.Full):
+                self._frames.put(None, timeout=_CLOSE_SECONDS)
+            self._thread.join(_CLOSE_SECONDS)
+        if self._sound:
+            self._sound.close()
+
+    def _run(self) -> None:
+        rewrite_at = 0.0
+        while (item := self._next()) is not None:
+            if item:
+                self._take(*item)
+            if self._dirty and time.monotonic() >= rewrite_at:
+                seconds = self._rewrite()
+                rewrite_at = time.monotonic() + max(REWRITE_SECONDS, seconds / REWRITE_SHARE)
+        if self._dirty:
+            self._rewrite()
+
+    def _next(self) -> tuple | None:
+        try:
+            return self._frames.get(timeout=REWRITE_SECONDS)
+        except queue.Empty:
+            return ()
+
+    def _take(self, spoken: "SpokenFrame", user: np.ndarray) -> None:
+        if spoken.piece is not None:
+            self._words.add(spoken.index, spoken.piece, self._speaker)
+            self._dirty = True
+        if self._sound:
+            reply = np.zeros_like(user) if spoken.pcm is None else spoken.pcm
+            try:
+                self._sound.write(np.stack([reply, user]))
+            except UserError as error:
+                self._warn(f"{error} The talk goes on unrecorded.")
+                self._sound.close()
+                self._sound = None
+
+    def _rewrite(self) -> float:
+        """Write every transcript; returns the seconds it took."""
+        began = time.monotonic()
+        self._dirty = False
+        for kind, path in list(self._paths.items()):
+            try:
+                self._words.write(path, kind)
+            except UserError as error:
+                self._warn(str(error))
+                del self._paths[kind]
+        return time.monotonic() - began
