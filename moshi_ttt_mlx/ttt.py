@@ -145,7 +145,8 @@ def finite(state: TTTState) -> mx.array:
     return mx.stack(flat).all(axis=0)
 
 
-def _wide(x: mx.array) -> mx.array:
+def wide(x: mx.array) -> mx.array:
+    """To float32; float64 stays."""
     return x if x.dtype == mx.float64 else x.astype(mx.float32)
 
 
@@ -326,10 +327,11 @@ def _fold(rules: Rules, params: Arrays, weights: Arrays, rows: Arrays) -> tuple[
 
 @functools.lru_cache
 def _compiled_piece(rules: Rules, depth: int) -> Callable:
-    """`_piece` as one graph (3 times faster for small heads on CPU; the fold gains nothing).
+    """`_piece` as one graph: on CPU up to 3 times faster for small heads, no slower for large ones.
 
-    Parameters are arguments too, so training never meets a stale constant. The depth is part of the
-    key because mlx 0.26 remembers a single output structure per compiled function.
+    The fold is left as it is: compiled, it was slower on CPU at the 7B shape. Parameters are
+    arguments too, so training never meets a stale constant. The depth is part of the key because
+    mlx 0.26 remembers a single output structure per compiled function and crashes on a second.
     """
     return mx.compile(functools.partial(_piece, rules))
 
@@ -382,11 +384,11 @@ class InnerLearner(nn.Module):
         widths = {f"x{i}": n for i, n in enumerate(self._sizes[:-1], 1)}
         widths |= {f"g{i}": n for i, n in enumerate(self._sizes[1:], 1)}
         widths |= {"lr": 1, "decay": 1} if self.rules.forget else {"lr": 1}
-        lead, dtype = (batch, self.gamma.shape[0]), _wide(self.gamma).dtype
+        lead, dtype = (batch, self.gamma.shape[0]), wide(self.gamma).dtype
         c = self.rules.mini_batch
         rows = {n: mx.zeros((*lead, c, width), dtype=dtype) for n, width in widths.items()}
         names = [f"{kind}{i}" for i in range(1, self.depth + 1) for kind in "Wb"]
-        weights = {n: mx.repeat(_wide(self[n])[None], batch, axis=0) for n in names}
+        weights = {n: mx.repeat(wide(self[n])[None], batch, axis=0) for n in names}
         return TTTState(weights, rows, mx.zeros((*lead, self.depth), dtype=dtype))
 
     def __call__(
@@ -436,7 +438,7 @@ class InnerLearner(nn.Module):
     def read(self, q: mx.array, state: TTTState) -> mx.array:
         """Answer `q [B, H, n, f]` from a state, as its last learned token would be; learn nothing."""
         place = state.tokens % self.rules.mini_batch
-        return _read(self.rules, self._params(), state.weights, state.rows, _wide(q), place)
+        return _read(self.rules, self._params(), state.weights, state.rows, wide(q), place)
 
     def trace(
         self, q, k, v, lr, state: TTTState, place: mx.array, decay=None
@@ -469,17 +471,17 @@ class InnerLearner(nn.Module):
 
     def _params(self) -> Arrays:
         """The parameters in the state's dtype, shaped to broadcast over batch rows and tokens."""
-        params = {name: _wide(value) for name, value in self.parameters().items()}
+        params = {name: wide(value) for name, value in self.parameters().items()}
         return params | {name: params[name][:, None] for name in ("gamma", "beta")}
 
     def _tokens(self, q, k, v, lr, decay) -> Arrays:
         if (decay is None) != (self.rules.forget is None):
             given = "none" if decay is None else "one"
             raise ValueError(f"[InnerLearner] forget={self.rules.forget!r}, decay given: {given}")
-        tokens = {"q": _wide(q), "k": _wide(k), "v": _wide(v), "lr": _wide(lr)[..., None]}
+        tokens = {"q": wide(q), "k": wide(k), "v": wide(v), "lr": wide(lr)[..., None]}
         if decay is not None:
             decay = decay[:, None] if decay.ndim == 1 else decay
-            tokens["decay"] = mx.broadcast_to(_wide(decay), lr.shape)[..., None]
+            tokens["decay"] = mx.broadcast_to(wide(decay), lr.shape)[..., None]
         return tokens
 
     def _advance(

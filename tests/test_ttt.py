@@ -1,7 +1,7 @@
 """Inner learners against a reference written from the equations, against autodiff, and for life.
 
-Arithmetic is checked in float64, where equal functions differ by rounding only: 1e-12 is 100 times
-the rounding seen, and far below any mistake in a formula. Each bug of the project's list has a
+Arithmetic is checked in float64, where equal functions differ by rounding only: at most 6e-14 was
+seen, 1e-12 leaves room for other BLAS libraries, and a mistake in a formula is far larger. Each bug of the project's list has a
 check here, and a planted version of the bug that this check must refuse.
 """
 
@@ -205,6 +205,12 @@ def test_equals_the_blackboard(kind, rules):
     assert_matches_reference(make(kind, mini_batch=5, **rules), draw(2, 23))
 
 
+def test_a_negative_share_is_cut_at_zero():
+    learner = make("mlp", mini_batch=5)
+    learner.token_idx = mx.array(np.array([0, 0, -0.5, 0, 0.0]), dtype=mx.float64)
+    assert_matches_reference(learner, draw(2, 13))
+
+
 @pytest.mark.parametrize("forget", ["init", "zero"])
 def test_forgetting_equals_the_blackboard(forget):
     learner = make("mlp", mini_batch=5, forget=forget)
@@ -357,8 +363,8 @@ def test_outer_gradients_are_those_of_finite_differences(rules, which):
         )
         return float(np.array(loss(*place)))
 
-    # Rounding of the loss costs 1e-14 / 1e-6 of the slope, curvature about (1e-6)^2 / (1e-3)^2.
-    assert (moved(1e-6) - moved(-1e-6)) / 2e-6 == pytest.approx(along(grads, way), rel=1e-5)
+    # Seen: 9e-6 at a step of 1e-5 (curvature), 1.2e-7 at 1e-6, 1.5e-7 at 1e-7 (rounding).
+    assert (moved(1e-6) - moved(-1e-6)) / 2e-6 == pytest.approx(along(grads, way), rel=1e-6)
 
 
 # --- The list of bugs seen in earlier attempts. Each check takes the way of doing it as an argument:
@@ -619,7 +625,7 @@ def adversaries(seed, tokens, f):
 
 
 def check_survives(learner, tokens, f=8, block=2000):
-    """Run the adversaries at 20 times the published rate; look at every block, never beyond."""
+    """Run the adversaries at 20 times the largest published rate; look at every block, never beyond."""
     state, rules = learner.init_state(5), learner.rules
     lr = mx.full((5, 1, block), 20 / f)
     for start in range(0, tokens, block):
