@@ -64,19 +64,24 @@ def _explain(repo: str, name: str, error: Exception) -> UserError:
         return UserError(f"{repo!r} is neither a folder nor a repository name (OWNER/NAME)")
     # The hub's own message only says that something happened; what did is its cause.
     cause = error.__cause__ or error
-    reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
     if "no space left" in str(cause).lower():
         return UserError(
-            f"the disk is full: no room for {name} from {repo} in {hub_constants.HF_HUB_CACHE} "
+            f"the disk is full: no room for {name} of {repo} in {hub_constants.HF_HUB_CACHE} "
             "(HF_HOME chooses another place)"
         )
     if hub_constants.HF_HUB_OFFLINE:
         return UserError(
             f"{name} of {repo} has not been downloaded yet and HF_HUB_OFFLINE forbids it: unset it"
         )
+    if (response := getattr(cause, "response", None)) is not None:
+        hint = "is your token valid (`hf auth login`, HF_TOKEN)?"
+        return UserError(
+            f"the hub answered {response.status_code} for {name} of {repo}: "
+            + (hint if response.status_code in (401, 403) else "try again later")
+        )
     return UserError(
-        f"could not download {name} from {repo}, and no earlier download is there to use: is the "
-        f"network up? ({reason})"
+        f"could not download {name} of {repo}, and no earlier download is there to use: is the "
+        f"network up? ({type(cause).__name__})"
     )
 
 

@@ -3,7 +3,6 @@
 Safetensors only. A pickle (`.pt`, `.pth`, `.bin`) can run code when it is opened, so it is refused.
 """
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from moshi_mlx.models import Lm
 from .errors import UserError
 from .pytorch_weights import Shapes, is_pytorch, pytorch_shapes
 
+BITS, GROUPS = (2, 3, 4, 6, 8), (32, 64, 128)  # what MLX 0.26 can quantize to
 GROUP_SIZE = {4: 32, 8: 64}  # Kyutai's own choice for their q4 and q8 files
 
 
@@ -94,16 +94,15 @@ def quantize(model: nn.Module, bits: int) -> None:
 def _quantized_as(shapes: Shapes, plain: Shapes, where: str) -> tuple[int, int]:
     """Bits and group size of a quantized file, read off the shapes of one of its layers."""
     path = min(name.removesuffix(".scales") for name in shapes if name.endswith(".scales"))
-    parts = [shapes.get(f"{path}.{part}", ()) for part in ("weight", "scales")]
+    weight, scales = (shapes.get(f"{path}.{part}", ()) for part in ("weight", "scales"))
     width = plain.get(f"{path}.weight", (0,))[-1]
-    if all(map(math.prod, parts)) and width:
-        packed, groups = (shape[-1] for shape in parts)
-        bits, group = 32 * packed // width, width // groups
-        if bits in (2, 3, 4, 5, 6, 8) and group in (16, 32, 64, 128):
+    if width and all((weight, scales, *weight, *scales)):
+        bits, group = 32 * weight[-1] // width, width // scales[-1]
+        if bits in BITS and group in GROUPS:
             return bits, group
     raise UserError(
-        f"{where}: the quantized layer {path} does not fit: weight {list(parts[0])} with scales "
-        f"{list(parts[1])} for a width of {width}: is this the config of these weights?"
+        f"{where}: the quantized layer {path} does not fit: weight {list(weight)} with scales "
+        f"{list(scales)} for a width of {width}: is this the config of these weights?"
     )
 
 
