@@ -1,12 +1,13 @@
 """Inner learners against a reference written from the equations, against autodiff, and for life.
 
 Arithmetic is checked in float64, where equal functions differ by rounding only: at most 6e-14 was
-seen, 1e-12 leaves room for other BLAS libraries, and a mistake in a formula is far larger. Each bug of the project's list has a
-check here, and a planted version of the bug that this check must refuse.
+seen, 1e-12 leaves room for other BLAS libraries, and a mistake in a formula is far larger. Each
+bug of the project's list has a check here, and a planted version of it that this check must refuse.
 """
 
 import itertools
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -276,6 +277,26 @@ def test_streaming_equals_chunked_for_every_split(pieces, c, batch, kind, forget
         assert widest(out, whole) < EXACT
         assert widest_state(cut_state, state) < EXACT
     assert state.updates == total // c
+
+
+def test_a_token_traced_inside_a_larger_graph_is_the_same_token():
+    learner, inputs = make("mlp", mini_batch=4), draw(2, 10)
+    state, outs = learner.init_state(2), []
+
+    @mx.compile
+    def traced(part, weights, rows, place):
+        before = replace(learner.init_state(2), weights=weights, rows=rows)
+        out, after = learner.trace(*part, before, place)
+        return out, after.rows
+
+    for t in range(10):
+        part = [a[:, :, t : t + 1] for a in inputs]
+        out, rows = traced(part, state.weights, state.rows, mx.array(t % 4))
+        outs.append(out)
+        state = learner.advance(replace(state, rows=rows))
+    wanted, wanted_state = run(learner, inputs, [10])
+    assert widest(mx.concatenate(outs, axis=2), wanted) < EXACT
+    assert widest_state(state, wanted_state) < EXACT
 
 
 @settings(max_examples=15, deadline=None)
