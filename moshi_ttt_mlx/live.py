@@ -331,6 +331,7 @@ class Talk:
         self._frames_left = float("inf") if max_seconds is None else max_seconds * 1000 / FRAME_MS
         self._stopping = threading.Event()
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._closed = False
         self._pace: deque[float] = deque(maxlen=_PACE_FRAMES)
         self._levels = -100.0, -100.0
         self._first_frame = 0
@@ -392,18 +393,18 @@ class Talk:
             self.events.put(Ended(error=error))
         else:
             self.events.put(Ended(reason))
-        while self._do_job(self._jobs.get()):
-            pass
+        while not self._closed:
+            self._do_job(self._jobs.get())
 
-    def _do_job(self, job: tuple[Callable, Future] | None) -> bool:
+    def _do_job(self, job: tuple[Callable, Future] | None) -> None:
         if job is None:
-            return False
+            self._closed = True
+            return
         work, done = job
         try:
             done.set_result(work())
         except Exception as error:  # it belongs to whoever asked
             done.set_exception(error)
-        return True
 
     def _talk(self) -> str | None:
         """Open the devices, talk, close them. Returns why it ended by itself, None when asked to."""

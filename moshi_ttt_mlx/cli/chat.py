@@ -19,7 +19,7 @@ from rich.console import Console
 from ..devices import Loudspeaker, Microphone, describe_devices, find_device
 from ..errors import UserError
 from ..keep import Keeper
-from ..live import Ended, Ready, Said, Talk, Warned, warm_up
+from ..live import Ended, Ready, Said, Status, Talk, Warned, warm_up
 from ..transcript import FORMATS
 from .common import (
     DEMO_NOTE,
@@ -147,10 +147,14 @@ def _follow(args, talk, screen) -> Ended:
                 break
             if talk.started:
                 screen.show(talk.status())
-        status = talk.status()
-        if talk.started:
-            screen.note(f"talked {clock(status.sitting)} ({clock(status.age)} in all)")
+    if talk.started:
+        screen.note(_summary(talk.status()))
     return event
+
+
+def _summary(status: Status) -> str:
+    losses = f"{status.dropped} frames dropped, {status.underruns} underruns"
+    return f"talked {clock(status.sitting)} ({clock(status.age)} in all), {losses}"
 
 
 def _greet(args, screen) -> None:
@@ -184,12 +188,12 @@ def _keep(path: str | None, talk, screen, console: Console | None) -> None:
 def _ask(console: Console) -> str | None:
     """A path to keep the talk in; None for no."""
     proposed = time.strftime("talk-%Y%m%d-%H%M%S.session")
+    question = f"keep this talk? [y/N or a file name; y is {proposed}] "
     while True:
         try:
-            answer = console.input(f"keep this talk? \\[y/N or a file name; y is {proposed}] ")
+            answer = console.input(question, markup=False).strip()
         except EOFError:
             return None
-        answer = answer.strip()
         if answer.lower() in ("", "n", "no"):
             return None
         path = proposed if answer.lower() in ("y", "yes") else answer

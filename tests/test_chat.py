@@ -1,0 +1,305 @@
+"""The verb `chat` from flags to exit status, with a fake session and fake devices."""
+
+import io
+import os
+import signal
+import sys
+import threading
+
+import pytest
+from fake_talk import FakeDevice, FakeSession, PlayingDevice, voice
+from rich.console import Console
+
+from moshi_ttt_mlx.cli import chat, main, screen
+from moshi_ttt_mlx.errors import UserError
+from moshi_ttt_mlx.live import Status
+
+
+class SpeakingDevice(FakeDevice):
+    """A microphone that hears a frame every 5 ms; `after` frames it calls `then`."""
+
+    def __init__(self, after=5, then=lambda: None):
+        super().__init__("mic")
+        self.after, self.then = after, then
+
+    def start(self, exchange):
+        super().start(exchange)
+        threading.Thread(target=self._hear, daemon=True).start()
+
+    def _hear(self):
+        pause, heard = threading.Event(), 0
+        while self.active:
+            self.speak(voice())
+            heard += 1
+            if heard == self.after:
+                self.then()
+            pause.wait(0.005)
+
+
+class Terminal(io.StringIO):
+    """Takes the place of a stream that is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """Puts fakes in the place of devices and model; returns what a test may look at and change."""
+
+    class Stage:
+        session = FakeSession()
+        microphone = SpeakingDevice()
+        answers = ()
+
+        def run(self, *flags):
+            return main(["--model", "demo", *flags])
+
+    stage = Stage()
+    monkeypatch.setattr(chat, "find_device", lambda kind, name: (kind, name))
+    monkeypatch.setattr(chat, "Microphone", lambda device: stage.microphone)
+    monkeypatch.setattr(chat, "Loudspeaker", lambda device: PlayingDevice("speaker"))
+    monkeypatch.setattr(chat, "load_model", lambda args, console: None)
+    monkeypatch.setattr(chat, "open_session", lambda args, model, console: stage.session)
+    monkeypatch.setattr(chat, "warm_up", lambda session: None)
+    return stage
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Makes stdin and stdout a terminal, with these answers to the prompt; returns stdout."""
+
+    def make(*answers):
+        out = Terminal()
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stdin", Terminal("".join(f"{a}\n" for a in answers)))
+        monkeypatch.setenv("TERM", "dumb")
+        return out
+
+    return make
+
+
+def interrupt(number=signal.SIGINT):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def test_chat_is_the_verb_when_none_is_named(stage, capsys):
+    assert stage.run("--max-seconds", "0.4") == 0
+    assert stage.session.frame == 5
+
+
+def test_into_a_pipe_go_words_alone_and_warnings_beside(stage, capsys):
+    stage.run("--max-seconds", "0.4")
+    out, err = capsys.readouterr()
+    assert out == " w0 w1 w2 w3 w4\n"
+    assert err == f"warning: {chat.DEMO_NOTE}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_talk_cleanly_and_saves_it(stage, tmp_path, number, capsys):
+    stage.microphone = SpeakingDevice(then=interrupt(number))
+    before = signal.getsignal(number)
+    words, sound = tmp_path / "t.txt", tmp_path / "t.wav"
+    flags = ["--session", str(tmp_path / "s"), "--txt", str(words), "--record", str(sound)]
+    assert stage.run(*flags) == 0
+    assert stage.session.saved == [str(tmp_path / "s")]
+    assert words.read_text().split() == [f"w{n}" for n in range(stage.session.frame)]
+    assert sound.stat().st_size > stage.session.frame * 1920 * 4
+    assert not stage.microphone.active
+    assert signal.getsignal(number) == before
+
+
+def test_without_a_terminal_and_without_a_name_nothing_is_kept(stage):
+    stage.microphone = SpeakingDevice(then=interrupt())
+    assert stage.run() == 0
+    assert stage.session.saved == []
+
+
+@pytest.mark.parametrize("answer", ["", "n", "No"])
+def test_on_a_terminal_ctrl_c_asks_and_no_keeps_nothing(stage, terminal, answer):
+    out = terminal(answer)
+    stage.microphone = SpeakingDevice(then=interrupt())
+    assert stage.run() == 0
+    assert "keep this talk?" in out.getvalue() and "talked 0:00" in out.getvalue()
+    assert stage.session.saved == []
+
+
+def test_yes_keeps_the_talk_under_the_proposed_name(stage, terminal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = terminal("y")
+    stage.microphone = SpeakingDevice(then=interrupt())
+    stage.run()
+    (name,) = stage.session.saved
+    assert name.startswith("talk-") and f"--session {name}" in out.getvalue()
+
+
+def test_a_name_that_is_taken_or_cannot_be_written_is_asked_again(stage, terminal, tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("an earlier talk")
+    out = terminal(taken, "nowhere/x", tmp_path / "new")
+    saved = []
+
+    def save(path):
+        if path == "nowhere/x":
+            raise UserError("could not save the session to nowhere/x")
+        saved.append(path)
+
+    stage.session.save = save
+    stage.microphone = SpeakingDevice(then=interrupt())
+    stage.run()
+    assert saved == [str(tmp_path / "new")]
+    assert "exists" in out.getvalue() and "could not save" in out.getvalue()
+
+
+def test_a_talk_that_has_a_file_is_not_asked_about(stage, terminal, tmp_path):
+    out = terminal()
+    stage.microphone = SpeakingDevice(then=interrupt())
+    stage.run("--session", str(tmp_path / "s"))
+    assert stage.session.saved == [str(tmp_path / "s")] and "keep" not in out.getvalue().split()
+
+
+def test_sigterm_and_the_end_of_time_ask_nothing(stage, terminal):
+    out = terminal("y")
+    stage.run("--max-seconds", "0.2")
+    stage.microphone = SpeakingDevice(then=interrupt(signal.SIGTERM))
+    stage.session = FakeSession()
+    stage.run()
+    assert "keep" not in out.getvalue()
+
+
+@pytest.mark.parametrize("waiting", ["for the model", "for a step"])
+def test_a_second_ctrl_c_or_one_while_loading_quits_at_once(stage, monkeypatch, waiting):
+    class Quit(BaseException):
+        pass
+
+    def quit(status):
+        raise Quit(status)
+
+    monkeypatch.setattr(os, "_exit", quit)
+    hung = threading.Event()
+    if waiting == "for the model":
+        monkeypatch.setattr(chat, "load_model", lambda *args: (interrupt()(), hung.wait(20)))
+    else:
+
+        def step(user):
+            interrupt()()
+            hung.wait(0.3)  # time for the handler to run
+            interrupt()()
+            hung.wait(20)
+
+        stage.session.step = step
+    with pytest.raises(Quit, match="130"):
+        stage.run()
+    assert not hung.is_set()
+    hung.set()
+
+
+def test_a_lost_device_is_told_and_everything_is_saved(stage, tmp_path, capsys):
+    def unplug():
+        stage.microphone.active = False
+
+    stage.microphone = SpeakingDevice(then=unplug)
+    assert stage.run("--session", str(tmp_path / "s"), "--txt", str(tmp_path / "t")) == 1
+    assert "'mic' is gone: the talk is over" in capsys.readouterr().err
+    assert stage.session.saved and (tmp_path / "t").read_text().startswith("w0")
+
+
+def test_a_talk_whose_terminal_goes_away_is_saved(stage, tmp_path, monkeypatch, capsys):
+    def said(self, text, time):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(screen.PlainScreen, "said", said)
+    assert stage.run("--session", str(tmp_path / "s")) == 1
+    assert stage.session.saved == [str(tmp_path / "s")]
+
+
+def test_an_error_of_loading_is_one_line(stage, monkeypatch, capsys):
+    def load(args, console):
+        raise UserError("no such model: expected a repository, found nothing")
+
+    monkeypatch.setattr(chat, "load_model", load)
+    assert stage.run() == 2
+    assert capsys.readouterr().err == (
+        "moshi-ttt-mlx: no such model: expected a repository, found nothing\n"
+    )
+
+
+def test_bad_flags_cost_no_loading(stage, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(chat, "load_model", lambda *args: pytest.fail("loaded"))
+    assert stage.run("--txt", str(tmp_path / "nowhere" / "t.txt")) == 2
+    assert stage.run("--record", str(tmp_path)) == 2
+
+    def no_device(kind, name):
+        raise UserError("found no microphone")
+
+    monkeypatch.setattr(chat, "find_device", no_device)
+    assert stage.run() == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and "nowhere" in lines[0] and "microphone" in lines[2]
+
+
+def test_devices_are_listed_and_passed_on(stage, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "describe_devices", lambda: "input:\n  * 0  Mic")
+    assert stage.run("--list-devices") == 0
+    assert capsys.readouterr().out == "input:\n  * 0  Mic\n"
+    asked = []
+    monkeypatch.setattr(chat, "find_device", lambda *args: asked.append(args))
+    stage.run("--max-seconds", "0.1", "--input-device", "usb", "--output-device", "3")
+    assert asked == [("input", "usb"), ("output", "3")]
+
+
+# ---- the screen
+
+
+def drawn(actions, width=60):
+    file = io.StringIO()
+    with screen.LiveScreen(Console(file=file, width=width)) as live:
+        actions(live)
+    return file.getvalue()
+
+
+def test_paragraphs_begin_after_a_pause_and_carry_their_time():
+    def actions(live):
+        live.said(" Hel", 1.0)
+        live.show(Status())
+        live.said("lo", 1.08)
+        live.said(" there", 1.2)
+        live.said(" again", 65.0)
+
+    assert drawn(actions).splitlines()[:2] == ["0:01 Hello there", "1:05 again"]
+
+
+def test_a_pause_inside_a_word_does_not_break_it():
+    def actions(live):
+        live.said(" Hel", 1.0)
+        live.said("lo", 9.0)
+
+    assert "0:01 Hello" in drawn(actions)
+
+
+def test_a_long_paragraph_goes_up_so_that_the_live_part_stays_small():
+    lines = drawn(lambda live: [live.said(f" word{n}", n * 0.2) for n in range(200)]).splitlines()
+    words = " ".join(lines).split()
+    assert [w for w in words if w.startswith("word")] == [f"word{n}" for n in range(200)]
+    assert sum(":" in w for w in words) > 3
+
+
+def test_markup_in_words_and_warnings_is_text():
+    def actions(live):
+        live.said(" [red]x[/red]", 0.0)
+        live.warn("device [bold]usb[/bold]")
+
+    out = drawn(actions)
+    assert "[red]x[/red]" in out and "[bold]usb[/bold]" in out
+
+
+def test_the_status_line_shows_lag_pace_and_only_what_went_wrong():
+    calm = screen.status_line(Status(age=3671, frame_ms=23.4, user_level=0, reply_level=-100)).plain
+    assert calm == "1:01:11  lag 0 ms  frame 23/80 ms  you ▮▮▮▮▮▮▮▮  moshi ▯▯▯▯▯▯▯▯"
+    late = screen.status_line(Status(lag_ms=960, frame_ms=95.0, dropped=7, underruns=2)).plain
+    assert "lag 960 ms  frame 95/80 ms" in late and late.endswith("dropped 7  underruns 2")
+
+
+@pytest.mark.parametrize(("level", "lit"), [(-100, 0), (-56, 0), (-28, 4), (0, 8), (6, 8)])
+def test_level_bars(level, lit):
+    assert screen.bar(level).count("▮") == lit and len(screen.bar(level)) == 8

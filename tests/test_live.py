@@ -1,0 +1,412 @@
+"""Queues that never grow, watches that speak once, and a talk that ends well however it ends."""
+
+import queue
+import threading
+
+import numpy as np
+import pytest
+from fake_talk import SILENCE, Clock, EagerDevice, FakeDevice, FakeSession, PlayingDevice, voice
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moshi_ttt_mlx.audio import FRAME_SIZE
+from moshi_ttt_mlx.errors import UserError
+from moshi_ttt_mlx.live import (
+    CUSHION_SAMPLES,
+    HEARD_FRAMES,
+    REPLY_FRAMES,
+    Ended,
+    HeardQueue,
+    Patience,
+    Ready,
+    ReplyQueue,
+    Said,
+    Talk,
+    Warned,
+    level,
+)
+
+WAIT = 10  # seconds until a test gives up; none waits so long unless it fails
+
+
+class Stage:
+    """A talk with fakes; the test is the user."""
+
+    def __init__(self, session=None, microphone=None, loudspeaker=None, **settings):
+        self.session = session or FakeSession()
+        self.microphone = microphone or FakeDevice("mic")
+        self.loudspeaker = loudspeaker or EagerDevice("speaker")
+        self.seen = []
+        self.talk = Talk(lambda: self.session, self.microphone, self.loudspeaker, **settings)
+        self.talk.start()
+
+    def until(self, kind):
+        """The next event of a kind; all that come before it are kept in `seen`."""
+        while True:
+            event = self.talk.events.get(timeout=WAIT)
+            self.seen.append(event)
+            if isinstance(event, kind):
+                return event
+
+    def end(self):
+        self.talk.stop()
+        ended = self.until(Ended)
+        self.talk.close()
+        return ended
+
+    @property
+    def warnings(self):
+        return [event.message for event in self.seen if isinstance(event, Warned)]
+
+
+@pytest.fixture
+def stage():
+    """Makes stages, and lets their threads go."""
+    stages = []
+
+    def make(*args, **kwargs):
+        stages.append(Stage(*args, **kwargs))
+        return stages[-1]
+
+    yield make
+    for one in stages:
+        one.talk.close()
+
+
+# ---- queues
+
+
+@given(st.integers(1, 5), st.lists(st.booleans()))
+def test_a_full_queue_drops_its_oldest_frame_and_counts_it(limit, puts):
+    frames, model, dropped = HeardQueue(limit), [], 0
+    for number, is_put in enumerate(puts):
+        if is_put:
+            frames.put(number)
+            model.append(number)
+            dropped += len(model) > limit
+            model = model[-limit:]
+        else:
+            assert frames.get(0) == (model.pop(0) if model else None)
+        assert (len(frames), frames.dropped) == (len(model), dropped)
+
+
+def test_a_waiting_reader_gets_the_frame_that_comes():
+    frames = HeardQueue()
+    threading.Timer(0.05, frames.put, ["late"]).start()
+    assert frames.get(WAIT) == "late"
+
+
+def test_nothing_is_counted_before_the_first_reply():
+    replies = ReplyQueue()
+    assert not replies.fetch(5000).any()
+    replies.put(voice())
+    assert not replies.fetch(CUSHION_SAMPLES).any()  # the cushion comes first
+    assert (replies.fetch(FRAME_SIZE) == 0.5).all()
+    assert replies.underruns == 0
+
+
+def test_a_gap_plays_silence_and_is_counted_once_however_long():
+    replies = ReplyQueue(cushion=0)
+    replies.put(voice())
+    taken = np.concatenate([replies.fetch(480) for _ in range(10)])
+    assert (taken[:FRAME_SIZE] == 0.5).all() and not taken[FRAME_SIZE:].any()
+    assert replies.underruns == 1
+    replies.put(voice(0.25))
+    assert (replies.fetch(FRAME_SIZE) == 0.25).all()
+    replies.fetch(1)
+    assert replies.underruns == 2
+
+
+def test_running_dry_at_the_end_is_no_underrun():
+    replies = ReplyQueue()
+    replies.put(voice())
+    replies.finish()
+    replies.fetch(10 * FRAME_SIZE)
+    assert replies.underruns == 0
+
+
+def test_silent_replies_are_left_out_while_too_much_waits():
+    replies = ReplyQueue(cushion=0)
+    for _ in range(4):
+        replies.put(voice())
+    replies.put(SILENCE)
+    replies.put(voice(0.25))
+    assert (replies.skipped, len(replies)) == (1, 5 * FRAME_SIZE)
+    assert (replies.fetch(5 * FRAME_SIZE)[-FRAME_SIZE:] == 0.25).all()
+    replies.put(SILENCE)  # nothing waits: a pause is a pause
+    assert (replies.skipped, len(replies)) == (1, FRAME_SIZE)
+
+
+def test_replies_never_pile_up():
+    replies = ReplyQueue(cushion=0)
+    for number in range(100):
+        replies.put(voice(number / 100))
+    assert len(replies) == REPLY_FRAMES * FRAME_SIZE
+    assert (replies.fetch(REPLY_FRAMES * FRAME_SIZE)[-FRAME_SIZE:] == np.float32(0.99)).all()
+    assert replies.skipped == 100 - REPLY_FRAMES
+
+
+@given(st.lists(st.integers(0, 2500), max_size=30))
+def test_every_reply_sample_is_played_in_order(fetches):
+    replies, put, out = ReplyQueue(cushion=100), [], []
+    for number, count in enumerate(fetches):
+        if len(replies) <= 2 * FRAME_SIZE:
+            put.append(np.arange(1, 1 + FRAME_SIZE, dtype=np.float32) + number)
+            replies.put(put[-1])
+        out.append(replies.fetch(count))
+        assert len(out[-1]) == count
+    replies.finish()
+    played = np.concatenate([*out, replies.fetch(100 + 3 * FRAME_SIZE)])
+    assert np.array_equal(played[played != 0], np.concatenate([*put, []]))
+
+
+# ---- watches
+
+
+def test_patience_is_over_once_and_only_after_a_stretch():
+    patience = Patience(3.0)
+    times = np.arange(0, 20, 0.25)
+    assert [t for t in times if patience.over(t != 2.0, t)] == [5.0]
+
+
+def test_a_suspended_program_has_not_waited():
+    patience = Patience(3.0)
+    assert not patience.over(True, 0.0)
+    assert not patience.over(True, 3600.0)
+
+
+@pytest.mark.parametrize(("frame", "expected"), [(SILENCE, -100.0), (voice(1.0), 0.0)])
+def test_level_is_in_dbfs(frame, expected):
+    assert level(frame) == pytest.approx(expected, abs=1e-6)
+
+
+# ---- the talk
+
+
+def test_words_sound_and_frames_come_through_on_one_thread(stage):
+    kept = []
+    session = FakeSession()
+    talk_stage = stage(session, on_frame=lambda spoken, user: kept.append((spoken.index, user)))
+    talk_stage.until(Ready)
+    frames = [voice(0.1), voice(0.2), voice(0.4)]
+    talk_stage.microphone.speak(*frames)
+    said = [talk_stage.until(Said) for _ in frames]
+    assert [(s.text, round(s.time, 2)) for s in said] == [
+        (" w0", 0.0),
+        (" w1", 0.08),
+        (" w2", 0.16),
+    ]
+    talk_stage.talk.save("during")
+    talk_stage.end()
+    assert [index for index, _ in kept] == [0, 1, 2]
+    assert all(np.array_equal(user, frame) for (_, user), frame in zip(kept, frames, strict=True))
+    played = talk_stage.loudspeaker.exchange(CUSHION_SAMPLES + 3 * FRAME_SIZE)
+    assert np.array_equal(played[CUSHION_SAMPLES:], np.concatenate(frames) / 2)
+
+
+def test_the_model_is_loaded_on_the_thread_that_steps(stage):
+    loaded_on = []
+    session = FakeSession()
+
+    def load():
+        loaded_on.append(threading.get_ident())
+        return session
+
+    microphone = FakeDevice()
+    talk = Talk(load, microphone, FakeDevice())
+    talk.start()
+    assert isinstance(talk.events.get(timeout=WAIT), Ready)
+    microphone.speak(voice())
+    assert isinstance(talk.events.get(timeout=WAIT), Said)
+    talk.stop()
+    assert isinstance(talk.events.get(timeout=WAIT), Ended)
+    talk.save("after")
+    talk.close()
+    assert session.threads == set(loaded_on)
+
+
+def test_when_the_model_is_late_the_oldest_user_frames_go(stage):
+    gate = threading.Semaphore(0)
+    session = FakeSession(gate=gate)
+    talk_stage = stage(session)
+    talk_stage.until(Ready)
+    talk_stage.microphone.speak(voice(0.0))
+    assert session.stepping.wait(WAIT)  # the model is busy with the first one from here on
+    frames = [voice(n / 100) for n in range(1, HEARD_FRAMES + 6)]
+    talk_stage.microphone.speak(*frames)
+    status = talk_stage.talk.status()
+    assert (status.dropped, status.lag_ms) == (5, HEARD_FRAMES * 80)
+    gate.release(1 + HEARD_FRAMES)
+    for _ in range(1 + HEARD_FRAMES):
+        talk_stage.until(Said)
+    talk_stage.end()
+    heard = [round(float(user[0]) * 100) for user in session.users]
+    assert heard == [0, *range(6, HEARD_FRAMES + 6)]
+    assert talk_stage.talk.status().lag_ms == 0
+
+
+def late_stage(stage, cost, waiting):
+    """A talk whose model takes `cost` seconds a frame while `waiting` frames always wait."""
+    clock = Clock()
+    session = FakeSession(clock=clock, cost=cost, gate=threading.Semaphore(0))
+    talk_stage = stage(session, clock=clock)
+    talk_stage.until(Ready)
+    talk_stage.microphone.speak(*[voice()] * (waiting + 1))
+    for _ in range(100):
+        session.gate.release()
+        talk_stage.until(Said)
+        talk_stage.microphone.speak(voice())
+    session.gate.release(1000)
+    talk_stage.end()
+    return talk_stage
+
+
+def test_a_machine_that_is_too_slow_is_named_once_with_what_to_try(stage):
+    (message,) = late_stage(stage, 0.095, waiting=8).warnings
+    assert "needs 95 ms a frame, 80 are available" in message
+    assert "-q 4" in message and "--context 1500" in message
+
+
+def test_a_machine_that_keeps_up_is_not_blamed(stage):
+    assert late_stage(stage, 0.079, waiting=1).warnings == []
+
+
+def spoken_to(stage, frames, **settings):
+    clock = Clock()
+    talk_stage = stage(FakeSession(clock=clock, cost=0.08), clock=clock, **settings)
+    talk_stage.until(Ready)
+    for frame in frames:
+        talk_stage.microphone.speak(frame)
+        talk_stage.until(Said)
+    talk_stage.end()
+    return talk_stage
+
+
+def test_exact_zeros_for_three_seconds_name_the_permission_once(stage):
+    (message,) = spoken_to(stage, [SILENCE] * 120).warnings
+    assert "Privacy & Security > Microphone" in message and "'mic'" in message
+
+
+def test_a_short_silence_or_a_quiet_room_is_no_fault(stage):
+    pause = [SILENCE] * 36
+    assert spoken_to(stage, [*pause, voice(), *pause]).warnings == []
+    assert spoken_to(stage, [voice(1e-5)] * 120).warnings == []
+
+
+def test_a_microphone_that_never_calls_names_the_permission(stage):
+    # The clock runs fast: each look at it is half a second later.
+    talk_stage = stage(clock=Clock(tick=0.5))
+    warned = talk_stage.until(Warned)
+    assert "no sound at all" in warned.message and "Microphone" in warned.message
+    assert talk_stage.end() == Ended()
+
+
+def test_a_loudspeaker_that_never_calls_is_named(stage):
+    talk_stage = stage(clock=Clock(tick=0.5), loudspeaker=FakeDevice("speaker"))
+    messages = {talk_stage.until(Warned).message for _ in range(2)}
+    assert any("loudspeaker 'speaker' takes no sound" in message for message in messages)
+
+
+def test_a_device_that_falls_silent_ends_the_talk_and_it_can_be_saved(stage):
+    talk_stage = stage(clock=Clock(tick=0.5))
+    talk_stage.until(Ready)
+    talk_stage.microphone.speak(voice())
+    ended = talk_stage.until(Ended)
+    assert ended.error is None and "'mic' is gone" in ended.reason
+    assert talk_stage.microphone.ending == "abandoned"
+    talk_stage.talk.save("kept")
+    assert talk_stage.session.saved == ["kept"]
+
+
+def test_a_stream_that_portaudio_ended_ends_the_talk_at_once(stage):
+    talk_stage = stage(clock=Clock())  # no time passes
+    talk_stage.until(Ready)
+    talk_stage.loudspeaker.active = False
+    assert "'speaker' is gone" in talk_stage.until(Ended).reason
+
+
+def test_a_talk_that_is_stopped_closes_its_devices_and_can_be_saved(stage):
+    talk_stage = stage()
+    talk_stage.until(Ready)
+    assert talk_stage.talk.started
+    talk_stage.talk.stop()
+    assert talk_stage.until(Ended) == Ended(None, None)
+    assert talk_stage.microphone.ending == talk_stage.loudspeaker.ending == "stopped"
+    talk_stage.talk.save("kept")
+    assert talk_stage.session.saved == ["kept"]
+
+
+def test_a_save_that_fails_reaches_whoever_asked_and_the_talk_goes_on(stage):
+    session = FakeSession()
+
+    def save(path):
+        raise UserError("the disk is full")
+
+    session.save = save
+    talk_stage = stage(session)
+    talk_stage.until(Ready)
+    with pytest.raises(UserError, match="disk is full"):
+        talk_stage.talk.save("x")
+    talk_stage.microphone.speak(voice())
+    assert talk_stage.until(Said).text == " w0"
+    assert talk_stage.end() == Ended()
+
+
+def test_what_stops_loading_is_told():
+    def load():
+        raise UserError("no such model")
+
+    talk = Talk(load, FakeDevice(), FakeDevice())
+    talk.start()
+    ended = talk.events.get(timeout=WAIT)
+    talk.close()
+    assert str(ended.error) == "no such model" and not talk.started
+
+
+def test_what_stops_a_step_is_told_and_the_devices_are_closed(stage):
+    talk_stage = stage(FakeSession(fail_at=1))
+    talk_stage.until(Ready)
+    talk_stage.microphone.speak(voice(), voice())
+    assert str(talk_stage.until(Ended).error) == "out of memory"
+    assert talk_stage.microphone.ending == talk_stage.loudspeaker.ending == "stopped"
+
+
+def test_a_talk_of_given_length_hears_so_many_frames_and_plays_all_of_its_reply(stage):
+    talk_stage = stage(loudspeaker=PlayingDevice(), max_seconds=0.8)
+    talk_stage.until(Ready)
+    for n in range(15):
+        talk_stage.microphone.speak(voice((n + 1) / 100))
+        if n < 10:
+            talk_stage.until(Said)
+    assert talk_stage.until(Ended) == Ended()
+    assert talk_stage.session.frame == 10
+    sound = talk_stage.loudspeaker.sound
+    expected = np.concatenate([user / 2 for user in talk_stage.session.users])
+    assert np.array_equal(sound[sound != 0], expected)
+
+
+def test_an_stt_model_gets_its_prefix_and_no_loudspeaker(stage):
+    session = FakeSession(speaks=False, prefix=1.0)
+    talk_stage = stage(session)
+    talk_stage.until(Ready)
+    assert session.frame == 12 and not np.any(session.users)
+    talk_stage.microphone.speak(voice())
+    assert talk_stage.until(Said).text == " w12"
+    talk_stage.end()
+    assert talk_stage.loudspeaker.exchange is None
+
+
+def test_the_status_counts_what_the_sound_system_lost(stage):
+    talk_stage = stage()
+    talk_stage.until(Ready)
+    talk_stage.microphone.glitches, talk_stage.loudspeaker.glitches = 2, 3
+    talk_stage.microphone.speak(voice(1.0))
+    talk_stage.until(Said)
+    talk_stage.end()
+    status = talk_stage.talk.status()
+    assert status.glitches == 5 and status.frame_ms is not None
+    assert status.age == status.sitting == pytest.approx(0.08)
+    assert status.user_level == pytest.approx(0.0, abs=1e-3)
+    assert status.reply_level == pytest.approx(-6.02, abs=1e-2)
+    with pytest.raises(queue.Empty):
+        talk_stage.talk.events.get(timeout=0)
