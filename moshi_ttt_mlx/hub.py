@@ -28,6 +28,12 @@ HELIUM_NAMES = {
     "tokenizer_name": "tokenizer_spm_48k_multi6_2.model",
 }
 
+Progress = Callable[[str], None]
+
+
+def silent(message: str) -> None:
+    """The default of `progress`."""
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -147,10 +153,11 @@ class _Source:
 
 
 class _Repository(_Source):
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, progress: Progress = silent):
+        self.name, self.progress = name, progress
 
     def _find(self, name: str) -> Path | None:
+        self.progress(f"{self.name}: {name}")
         return _download(self.name, name)
 
 
@@ -167,7 +174,7 @@ class _Folder(_Source):
         return f" (found: {', '.join(names) or 'nothing'})"
 
 
-def _source(name: str) -> _Source:
+def _source(name: str, progress: Progress) -> _Source:
     path = DEMO if name == "demo" else Path(name).expanduser()
     if path.is_dir():
         return _Folder(name, path)
@@ -177,7 +184,7 @@ def _source(name: str) -> _Source:
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "~")):
         raise UserError(f"no folder {name}: expected OWNER/NAME on the hub, a folder, or demo")
-    return _Repository(name)
+    return _Repository(name, progress)
 
 
 def _moshi_file(source: _Source, config: Config | None, quantized: int | None) -> Path:
@@ -206,7 +213,7 @@ def find_files(
     tokenizer: str | Path | None = None,
     lm_config: str | Path | None = None,
     quantized: int | None = None,
-    progress: Callable[[str], None] = lambda message: None,
+    progress: Progress = silent,
 ) -> ModelFiles:
     """Resolve names to local files, downloading what is missing.
 
@@ -215,28 +222,25 @@ def find_files(
             that `quantized` asks for (4 if it asks for none).
         moshi_weight, mimi_weight, tokenizer, lm_config: single files instead of the repository's.
         quantized: 4 or 8: take the ready made file, or quantize on load.
-        progress: called with a line about each file.
+        progress: called with a line before each request to the hub, which may be a download.
 
     Raises:
         UserError: anything that is missing, in one line.
     """
     if hf_repo is None and not (moshi_weight and mimi_weight and tokenizer):
         hf_repo = f"kyutai/moshiko-mlx-q{quantized}" if quantized else DEFAULT_REPO
-    source = _source(hf_repo) if hf_repo is not None else None
+    source = _source(hf_repo, progress) if hf_repo is not None else None
     config = _config(source, lm_config)
     text_only = config["n_q"] == 0 if config else _is_helium(source)
     names = config or (HELIUM_NAMES if text_only else {})
 
-    def file(what: str, flag: str, given: str | Path | None, name: str) -> Path:
-        progress(f"{what}: {given or f'{name} of {source.name}'}")
+    def file(given: str | Path | None, flag: str, field: str, usual: str) -> Path:
+        name = names.get(field, usual)
         return resolve_file(given) if given else source.get(name, f"; name one with {flag}")
 
     # Small files first: what is wrong with them must not cost the download of a large one.
-    text = file("tokenizer", "--tokenizer", tokenizer, names.get("tokenizer_name", TOKENIZER_NAME))
-    mimi = None
-    if not text_only:
-        mimi = file("codec", "--mimi-weight", mimi_weight, names.get("mimi_name", MIMI_NAME))
-    progress(f"model: {moshi_weight or source.name}")
+    text = file(tokenizer, "--tokenizer", "tokenizer_name", TOKENIZER_NAME)
+    mimi = None if text_only else file(mimi_weight, "--mimi-weight", "mimi_name", MIMI_NAME)
     moshi = resolve_file(moshi_weight) if moshi_weight else _moshi_file(source, config, quantized)
     return ModelFiles(str(moshi_weight or hf_repo), config, moshi, mimi, text, quantized)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from moshi_mlx.utils import Sampler
 from .codec import Backend, Codec, mimi_config_from_dict, open_codec
 from .config import build_lm, lm_config
 from .errors import UserError
-from .hub import ModelFiles, find_files
+from .hub import ModelFiles, Progress, find_files, silent
 from .mimi_weights import fingerprint
 from .weights import load_lm_weights
 
@@ -174,7 +173,7 @@ def load(
     lm_config_file: str | Path | None = None,
     quantized: int | None = None,
     codec: Backend = "auto",
-    progress: Callable[[str], None] = lambda message: None,
+    progress: Progress = silent,
 ) -> Model:
     """Load a model: `load("kyutai/moshiko-mlx-q4")`, `load("./folder")`, `load("demo")`.
 
@@ -202,7 +201,7 @@ def load(
 def load_files(
     files: ModelFiles,
     codec: Backend = "auto",
-    progress: Callable[[str], None] = lambda message: None,
+    progress: Progress = silent,
 ) -> Model:
     """The second half of `load`: read a model from local files.
 

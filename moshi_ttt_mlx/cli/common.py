@@ -48,23 +48,36 @@ def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", "--max-kv-size", type=int, help="frames attention sees (12.5 a second)"
     )
     group.add_argument("--sinks", type=int, default=0, help="first frames that stay visible")
+    group.add_argument("--steps", type=int, help="moshi_mlx's limit; not needed: a talk has none")
 
 
 def load_model(args: argparse.Namespace, console: Console):
     """Load the model that the flags name, saying what takes time."""
-    from ..model import load
+    from ..hub import find_files
+    from ..model import load_files
 
+    _calm_huggingface_hub(args.verbose, console.quiet)
+    # No spinner while files are found: huggingface_hub draws its own bars on the same lines.
+    files = find_files(
+        args.hf_repo,
+        moshi_weight=args.moshi_weight,
+        mimi_weight=args.mimi_weight,
+        tokenizer=args.tokenizer,
+        lm_config=args.lm_config,
+        quantized=args.quantized,
+        progress=lambda message: console.print(message, style="dim", highlight=False),
+    )
     with console.status("loading") as status:
-        return load(
-            args.hf_repo,
-            moshi_weight=args.moshi_weight,
-            mimi_weight=args.mimi_weight,
-            tokenizer=args.tokenizer,
-            lm_config_file=args.lm_config,
-            quantized=args.quantized,
-            codec=args.codec,
-            progress=lambda message: status.update(message),
-        )
+        return load_files(files, args.codec, progress=status.update)
+
+
+def _calm_huggingface_hub(verbose: bool, quiet: bool) -> None:
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    if not verbose:
+        logging.set_verbosity_error()  # one clear line of ours, not its five about retries
+    if quiet:
+        disable_progress_bars()
 
 
 def talk_settings(args: argparse.Namespace) -> dict:
@@ -86,6 +99,8 @@ def open_session(args: argparse.Namespace, model, console: Console):
     """A new talk, or the one in `--session FILE` where that file exists."""
     from ..session import Session
 
+    if args.steps is not None:
+        console.print("--steps is not needed: a talk has no limit here", style="dim")
     if args.session and Path(args.session).exists():
         with console.status(f"resuming {args.session}"):
             session = Session.load(args.session, model)

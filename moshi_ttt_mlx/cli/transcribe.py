@@ -4,9 +4,9 @@ Words go to stdout as they come; the progress bar and messages go to stderr.
 """
 
 import argparse
+import itertools
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,9 +17,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from ..audio import FRAME_SIZE, SAMPLE_RATE, FrameReader, WavWriter, iter_frames
 from ..errors import UserError
 from ..transcript import FORMATS
-from .common import DEMO_NOTE, add_model_arguments, add_talk_arguments, load_model, open_session
+from .common import (
+    DEMO_NOTE,
+    add_model_arguments,
+    add_talk_arguments,
+    check_folders,
+    load_model,
+    open_session,
+)
 
 FRAMES_PER_SECOND = SAMPLE_RATE / FRAME_SIZE
+SILENCE = np.zeros(FRAME_SIZE, np.float32)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,47 +47,50 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True, quiet=args.quiet)
     _check_outputs(args)
     with ExitStack() as stack:
-        # Input and outputs are opened first: a typo must not cost the loading of a model.
+        # The input is opened first: a typo must not cost the loading of a model.
         frames = stack.enter_context(iter_frames(args.infile, channel=args.channel))
-        channels = 2 if args.stereo else 1
-        sound = WavWriter(args.outfile, channels) if args.outfile else None
-        if sound:
-            stack.enter_context(sound)
         model = load_model(args, console)
-        if sound and not model.speaks:
+        if args.outfile and not model.speaks:
             raise UserError(f"{model.name} only writes: leave out {args.outfile}")
         session = open_session(args, model, console)
+        # Last of all, so that a failure before it leaves an older file whole.
+        sound = WavWriter(args.outfile, 2 if args.stereo else 1) if args.outfile else None
+        if sound:
+            stack.enter_context(sound)
         if args.hf_repo == "demo":
             console.print(DEMO_NOTE, style="yellow")
         started = time.monotonic()
         heard = session.frame
         _talk(session, frames, sound, args, console)
         _report(session.frame - heard, time.monotonic() - started, console)
-    _write_words(session, args, console)
+    for kind in FORMATS:
+        if path := getattr(args, kind):
+            session.transcript.write(path, kind)
     return 0
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    for name in ("outfile", *FORMATS, "session"):
-        path = getattr(args, name)
-        if path and not Path(path).resolve().parent.is_dir():
-            raise UserError(f"no folder {Path(path).resolve().parent} to write {path} into")
-    both = [Path(p) for p in (args.infile, args.outfile) if p and Path(p).exists()]
-    if len(both) == 2 and both[0].samefile(both[1]):
-        raise UserError(f"{args.outfile} is the input: name another file for the reply")
+    """No output may be the input, or another output, or lie in a folder that is not there."""
+    outputs = [path for name in ("outfile", *FORMATS, "session") if (path := getattr(args, name))]
+    check_folders(*outputs)
+    taken = {} if args.infile == "-" else {Path(args.infile).resolve(): "the input"}
+    for path in outputs:
+        resolved = Path(path).resolve()
+        if resolved.is_dir():
+            raise UserError(f"{path} is a folder: name a file to write")
+        if resolved in taken:
+            raise UserError(f"{path} is {taken[resolved]} already: name another file")
+        taken[resolved] = "an output"
     if args.stereo and not args.outfile:
         raise UserError("--stereo needs an output file")
 
 
-def _padded(session, frames: FrameReader) -> Iterator[np.ndarray]:
-    """The recording, with the silence that an stt model needs before and after it."""
+def _padding(session) -> tuple[int, int]:
+    """Frames of silence that an stt model needs before and after the recording."""
     model = session.model
-    silence = np.zeros(FRAME_SIZE, np.float32)
     before = round(model.silence_prefix * FRAMES_PER_SECOND) if session.frame == 0 else 0
     after = 0 if model.speaks else round((model.audio_delay + 1.0) * FRAMES_PER_SECOND)
-    yield from [silence] * before
-    yield from frames
-    yield from [silence] * after
+    return before, after
 
 
 def _progress(console: Console) -> Progress:
@@ -95,29 +106,55 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _talk(session, frames, sound, args, console) -> None:
+class _Listener:
+    """Steps the session on, prints its words, writes its reply, moves the bar."""
+
+    def __init__(self, session, sound: WavWriter | None, bar: Progress, total: int | None):
+        self.session, self.sound, self.bar = session, sound, bar
+        self.task = bar.add_task("", total=total, speed="", clock="")
+        self.started, self.heard = time.monotonic(), 0
+        # The user's frames whose reply is still to come; of a resumed talk they are not known.
+        self.users = [SILENCE] * min(session.frame, session.generator.max_delay)
+
+    def hear(self, pcm: np.ndarray) -> None:
+        spoken = self.session.step(pcm)
+        if spoken.text:
+            _print_words(spoken.text, self.bar)
+        if self.sound:
+            self.users.append(pcm)
+            if spoken.pcm is not None:
+                self._write(spoken.pcm, self.users.pop(0))
+        self.heard += 1
+        seconds = self.heard / FRAMES_PER_SECOND
+        speed = f"{seconds / (time.monotonic() - self.started):.1f}x real time"
+        self.bar.update(self.task, completed=self.heard, speed=speed, clock=f"{seconds:.0f} s")
+
+    def finish(self) -> None:
+        """The reply of the last frames is not complete; the user's side is."""
+        if self.sound and self.sound.channels == 2:
+            for pcm in self.users:
+                self._write(SILENCE, pcm)
+
+    def _write(self, reply: np.ndarray, user: np.ndarray) -> None:
+        self.sound.write(np.stack([reply, user]) if self.sound.channels == 2 else reply)
+
+
+def _talk(session, frames: FrameReader, sound, args, console: Console) -> None:
     """Step through the recording; on an interruption keep what there is."""
-    started = time.monotonic()
+    before, after = _padding(session)
     with _progress(console) as bar:
-        task = bar.add_task("", total=frames.total_frames, speed="", clock="")
-        users = []
+        listener = _Listener(session, sound, bar, frames.total_frames)
         try:
-            for n, pcm in enumerate(_padded(session, frames), 1):
-                spoken = session.step(pcm)
-                if spoken.text:
-                    _print_words(spoken.text, bar)
-                if sound:
-                    users.append(pcm)
-                    if spoken.pcm is not None:
-                        _write_sound(sound, spoken.pcm, users.pop(0))
-                speed = n / FRAMES_PER_SECOND / (time.monotonic() - started)
-                clock = f"{n / FRAMES_PER_SECOND:.0f} s"
-                bar.update(task, completed=n, speed=f"{speed:.1f}x real time", clock=clock)
+            for pcm in itertools.chain([SILENCE] * before, frames):
+                listener.hear(pcm)
         except KeyboardInterrupt:
             console.print("\ninterrupted: keeping what was heard so far", style="yellow")
-        # The reply of the last frames is not complete; the user's side is.
-        for pcm in users if args.stereo else ():
-            _write_sound(sound, np.zeros(FRAME_SIZE, np.float32), pcm)
+        if args.session:
+            # Here, because the silence that brings out the last words is no part of the talk.
+            session.save(args.session)
+        for _ in range(after):
+            listener.hear(SILENCE)
+        listener.finish()
     print(flush=True)
 
 
@@ -129,10 +166,6 @@ def _print_words(text: str, bar: Progress) -> None:
         print(text, end="", flush=True)
 
 
-def _write_sound(sound: WavWriter, reply: np.ndarray, user: np.ndarray) -> None:
-    sound.write(np.stack([reply, user]) if sound.channels == 2 else reply[None])
-
-
 def _report(frames: int, seconds: float, console: Console) -> None:
     heard = frames / FRAMES_PER_SECOND
     console.print(
@@ -140,12 +173,3 @@ def _report(frames: int, seconds: float, console: Console) -> None:
         f"({heard / max(seconds, 1e-9):.1f}x real time)",
         style="dim",
     )
-
-
-def _write_words(session, args, console: Console) -> None:
-    for kind in FORMATS:
-        if path := getattr(args, kind):
-            session.transcript.write(path, kind)
-    if args.session:
-        with console.status(f"saving {args.session}"):
-            session.save(args.session)
