@@ -18,19 +18,15 @@ import mlx.nn as nn
 import numpy as np
 from moshi_mlx.models.mimi import Mimi, MimiConfig, mimi_202407
 from moshi_mlx.modules.conv import StreamableConv1d, StreamableConvTranspose1d
-from moshi_mlx.modules.seanet import StreamingAdd
 from moshi_mlx.modules.transformer import LayerCache, MlpNoGating, ProjectedTransformer
 
 from .codec_checks import check_codes, check_pcm, check_state
 from .layers import make_window_cache, use_window_attention
 from .mimi_weights import fingerprint, load_mimi_weights
 
-# Where moshi_mlx's modules keep the tail of a stream.
-_KEPT = {
-    StreamableConv1d: ("_prev_xs",),
-    StreamableConvTranspose1d: ("_prev_ys",),
-    StreamingAdd: ("_lhs", "_rhs"),
-}
+# Where moshi_mlx's modules keep the tail of a stream. (`StreamingAdd` keeps nothing between whole
+# frames: every convolution beside it gives as many samples as it takes.)
+_KEPT = {StreamableConv1d: "_prev_xs", StreamableConvTranspose1d: "_prev_ys"}
 
 
 class _ExactGelu(MlpNoGating):
@@ -83,8 +79,8 @@ class _Side:
             for name, module in top.named_modules():
                 if isinstance(module, StreamableConv1d):
                     self._convs.append(module)
-                for attribute in _KEPT.get(type(module), ()):
-                    self._kept[f"{root}.{name}.{attribute}"] = (module, attribute)
+                if (attribute := _KEPT.get(type(module))) is not None:
+                    self._kept[f"{root}.{name}"] = (module, attribute)
 
     def new_stream(self) -> _Stream:
         # rustymimi sees its own key and `context` before it, so `context + 1` in all.
@@ -106,18 +102,12 @@ class _Side:
             conv._left_pad_applied = stream.frames > 0
 
     def _take(self) -> dict[str, mx.array]:
-        """Tails that hold something; the modules are left empty."""
-        tails = {}
-        for name, (module, attribute) in self._kept.items():
-            value = getattr(module, attribute)
-            setattr(module, attribute, None)
-            if value is not None and value.size:
-                tails[name] = value
-        return tails
+        kept = {name: getattr(*where) for name, where in self._kept.items()}
+        return {name: tail for name, tail in kept.items() if tail is not None and tail.size}
 
 
 class _Model:
-    """Mimi's weights with exact attention; holds no stream. One thread at a time, as all of MLX."""
+    """Mimi's weights with exact attention, for any number of streams on one thread."""
 
     def __init__(self, config: MimiConfig):
         self.config = config
@@ -197,7 +187,12 @@ class MlxCodec:
 
     def encode_block(self, pcm: np.ndarray) -> np.ndarray:
         """The next `n` frames at once: float32 `[n * frame_size]` -> int32 `[K, n]`."""
-        frames = len(pcm) // self.frame_size
+        frames, rest = divmod(len(pcm), self.frame_size)
+        if rest:
+            raise ValueError(
+                f"[{self.name}] encode_block takes whole frames of {self.frame_size}, "
+                f"got {len(pcm)} samples"
+            )
         xs = mx.array(pcm, dtype=mx.float32)[None, None]
         side, stream = self._model.into, self._into
         codes = side.run(stream, lambda: self._model.encode(stream, xs), frames)

@@ -1,5 +1,6 @@
 """Mimi on MLX: any split gives the same, it equals rustymimi, its state is all there is."""
 
+import math
 from dataclasses import replace
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from mimi_checkpoints import FRAME, checkpoint, sound
 from mlx.utils import tree_flatten
 from moshi_mlx.models.mimi import Mimi, mimi_202407
+from moshi_mlx.modules.seanet import StreamingAdd
 
 from moshi_ttt_mlx.codec import (
     mimi_config_from_dict,
@@ -134,6 +136,17 @@ def test_equals_rustymimi_past_the_window(kyutai):
     np.testing.assert_allclose(samples, expected, atol=1e-5, rtol=0)
 
 
+def test_the_gelu_is_the_exact_one(codec):
+    """Against float64; moshi_mlx's tanh form is off by up to 5e-4 before the second matrix."""
+    mlp = codec._model.mimi.encoder_transformer.transformer.layers[0].gating
+    xs = np.random.default_rng(7).standard_normal((4, 64))
+    first, second = (np.array(m.weight, np.float64) for m in (mlp.linear1, mlp.linear2))
+    hidden = xs @ first.T
+    exact = hidden * (1 + np.vectorize(math.erf)(hidden / np.sqrt(2))) / 2
+    got = np.array(mlp(mx.array(xs, dtype=mx.float32)))
+    np.testing.assert_allclose(got, exact @ second.T, atol=5e-6, rtol=0)
+
+
 # -- state ----------------------------------------------------------------------------------------
 
 
@@ -180,6 +193,14 @@ def test_resumed_equals_uninterrupted(codec, at, ahead):
         code = stream.encode(frame)
         assert np.array_equal(resumed.encode(frame), code)
         assert np.array_equal(resumed.decode(code), stream.decode(code))
+
+
+def test_skip_connections_keep_nothing_between_frames(codec):
+    """moshi_mlx's `StreamingAdd` has state too, which its reset misses; here it is never used."""
+    stream = codec.fresh()
+    run(stream, sound(2))
+    adds = [m for m in codec._model.mimi.modules() if isinstance(m, StreamingAdd)]
+    assert adds and all(add._lhs is None and add._rhs is None for add in adds)
 
 
 def test_a_state_does_not_change_afterwards(codec):
@@ -229,6 +250,8 @@ def test_fewer_codebooks(codec, fewer):
 def test_frames_of_a_wrong_shape(codec):
     with pytest.raises(ValueError, match="one frame"):
         codec.encode(np.zeros(FRAME + 1, np.float32))
+    with pytest.raises(ValueError, match="whole frames"):
+        codec.encode_block(np.zeros(FRAME + 1, np.float32))
     for codes in (np.zeros(9, np.int32), np.zeros((8, 1), np.int32), np.zeros(0, np.int32)):
         with pytest.raises(ValueError, match="1 to 8 codes"):
             codec.decode(codes)

@@ -1,5 +1,8 @@
 """rustymimi without its wall: seams, resume, reset, and what upstream gets wrong."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import rustymimi
@@ -7,7 +10,7 @@ from mimi_checkpoints import checkpoint, sound
 
 from moshi_ttt_mlx.codec import open_codec, small_mimi
 from moshi_ttt_mlx.errors import UserError
-from moshi_ttt_mlx.rusty_codec import Grid, RustyCodec
+from moshi_ttt_mlx.rusty_codec import Grid, RustyCodec, _Tokenizer
 
 EPOCH, WARMUP = 8, 3  # the table of such a tokenizer ends after 11 frames
 
@@ -131,6 +134,32 @@ def test_the_directions_are_independent(weights, talk):
     assert np.array_equal(np.stack([codec.encode(frame) for frame in pcm[:18]]), codes[:18])
     late = np.stack([codec.decode(frame) for frame in codes[:10]])
     assert np.array_equal(late, samples[:10])
+
+
+def test_a_slow_warmup_is_waited_for(weights, talk):
+    pcm, codes, _, _ = talk
+    codec = short_epochs(weights)
+
+    class Slow(ThreadPoolExecutor):
+        def submit(self, step, *args):
+            return super().submit(lambda: (time.sleep(0.15), step(*args)))
+
+    codec._tokenizers.thread = Slow(1)
+    assert np.array_equal(np.stack([codec.encode(frame) for frame in pcm[:10]]), codes[:10])
+
+
+def test_a_tokenizer_serves_two_threads(weights, talk):
+    """Encoding may be served by the tokenizer that still warms up for decoding."""
+    pcm, codes, samples, _ = talk
+    tokenizer = _Tokenizer(weights, 8, 20)
+    with ThreadPoolExecutor(2) as threads:
+        for frame, code, sample in zip(pcm[:4], codes[:4], samples[:4], strict=True):
+            encoded, decoded = (
+                threads.submit(tokenizer.encode, frame),
+                threads.submit(tokenizer.decode, code),
+            )
+            assert np.array_equal(encoded.result(), code)
+            assert np.array_equal(decoded.result(), sample)
 
 
 def test_reset_equals_fresh(weights, talk):
