@@ -176,7 +176,7 @@ class _Folder(_Source):
 
 def _source(name: str, progress: Progress) -> _Source:
     path = DEMO if name == "demo" else Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _Folder(name, path)
     if path.is_file():
         raise UserError(
