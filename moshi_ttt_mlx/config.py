@@ -4,7 +4,9 @@ moshi_mlx reads the fields that it wants and trusts them; here a field that is m
 kind or of a size that does not go with the others is named in one line.
 """
 
+import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def check_config(config: Config, where: str) -> None:
     """
     if missing := [name for name in _ALWAYS if name not in config]:
         raise UserError(f"{where}: not a Moshi config, it has no {', '.join(missing)}")
-    for complaint in (*_kinds(config), *_relations(config)):
+    for complaint in itertools.chain(_kinds(config), _relations(config)):
         raise UserError(f"{where}: {complaint}")
 
 
@@ -87,7 +89,7 @@ def _kinds(config: Config) -> Iterator[str]:
         values = config.get(group) or {}
         if not isinstance(values, dict) or not all(_number(values.get(n, 0)) for n in names):
             yield f"{group} should hold numbers by name, found {values!r}"
-    if not _number(config["max_period"]) or config["max_period"] <= 0:
+    if not _number(config["max_period"]) or not 0 < config["max_period"] < math.inf:
         yield f"max_period should be a number above 0, found {config['max_period']!r}"
     for name in ("positional_embedding", *(("depformer_pos_emb",) if speaks else ())):
         if config[name] not in ("rope", "none"):

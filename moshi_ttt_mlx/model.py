@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import sentencepiece
-from moshi_mlx.models import Lm, LmConfig
+from moshi_mlx.models import Lm, LmConfig, MimiConfig
 from moshi_mlx.modules.conditioner import LutConditioner
 from moshi_mlx.utils import Sampler
 
@@ -145,8 +145,7 @@ def _load_tokenizer(path: Path, vocabulary: int) -> sentencepiece.SentencePieceP
 def _open_codec(files: ModelFiles, config: LmConfig, backend: Backend) -> Codec | None:
     if files.mimi is None:
         return None
-    own = (files.config or {}).get("mimi_config")
-    shape = mimi_config_from_dict(own) if own else None
+    shape = _mimi_shape(files)
     bins = shape.quantizer_bins if shape else MIMI_BINS
     if bins != config.audio_vocab_size - 1:
         raise UserError(
@@ -155,6 +154,15 @@ def _open_codec(files: ModelFiles, config: LmConfig, backend: Backend) -> Codec 
         )
     codebooks = max(config.generated_codebooks, config.other_codebooks)
     return open_codec(files.mimi, codebooks, backend, shape)
+
+
+def _mimi_shape(files: ModelFiles) -> MimiConfig | None:
+    """Of a codec that is not Kyutai's Mimi: this package's own field, as in the demo's config."""
+    own = (files.config or {}).get("mimi_config")
+    try:
+        return None if own is None else mimi_config_from_dict(own)
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{files.name}: mimi config: expected an object of objects") from error
 
 
 def _fingerprint(files: ModelFiles, bits: int | None) -> str:
