@@ -38,14 +38,16 @@ class WindowAttention(Attention):
 
     def _attend(self, xs: mx.array, cache: WindowKVCache, virtual) -> mx.array:
         b, t, d = xs.shape
-        heads = self.in_proj(xs).reshape(b, t, 3, self.cfg.num_heads, -1).transpose(2, 0, 3, 1, 4)
-        plain, k, v = heads[0], heads[1], heads[2]
+        # One [B, 3H, T, D] for all three: one transpose, and one rotation for queries and keys.
+        heads = self.in_proj(xs).reshape(b, t, 3 * self.cfg.num_heads, -1).swapaxes(1, 2)
+        plain, k, v = mx.split(heads, 3, axis=1)
         q = plain
         if self.rope is not None:
-            q, k = self.rope(q, offset=cache.offset), self.rope(k, offset=cache.offset)
+            both = self.rope(heads[:, : 2 * self.cfg.num_heads], offset=cache.offset)
+            q, k = mx.split(both, 2, axis=1)
         beside = None if virtual is None else (virtual, plain)
         out = cache.attend(q, k, v, self.scale, beside)
-        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(b, t, d))
+        return self.out_proj(out.swapaxes(1, 2).reshape(b, t, d))
 
 
 class MemoryAttention(WindowAttention):

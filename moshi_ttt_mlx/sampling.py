@@ -13,8 +13,8 @@ NEVER = -mx.inf
 
 def next_key(key: mx.array) -> tuple[mx.array, mx.array]:
     """Advance a key as MLX's global state does: `(the new state, the key to draw with)`."""
-    pair = mx.random.split(key)
-    return pair[0], pair[1]
+    state, use = mx.split(mx.random.split(key).flatten(), 2)
+    return state, use
 
 
 def keep_top_k(logits: mx.array, k: int) -> mx.array:
