@@ -117,7 +117,8 @@ def moshi_mlx_loop(generator: LmGen) -> Loop:
     def frame(codes: np.ndarray) -> Read:
         text = generator.step(mx.array(codes))[0].item()
         audio = generator.last_audio_tokens()
-        return np.array([text]), None if audio is None else np.array(audio)
+        # Models that only write have codes of no streams.
+        return np.array([text]), np.array(audio) if audio is not None and audio.size else None
 
     return frame
 

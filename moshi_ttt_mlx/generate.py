@@ -62,17 +62,21 @@ class Frame:
 class _DepformerCache:
     """Keys and values of the few codebooks of one frame (moshi_mlx allocates 256 slots for each)."""
 
-    def __init__(self):
-        self.offset = 0
+    def __init__(self, context: int):
+        self.context, self.offset = context, 0
         self.keys = self.values = None
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def attend(self, q, k, v, scale: float, virtual=None) -> mx.array:
+        """As `WindowKVCache.attend`, for `T = 1` and no memory."""
         if self.offset:
-            keys = mx.concatenate([self.keys, keys], axis=2)
-            values = mx.concatenate([self.values, values], axis=2)
-        self.keys, self.values = keys, values
+            k = mx.concatenate([self.keys, k], axis=2)
+            v = mx.concatenate([self.values, v], axis=2)
+        # As many as moshi_mlx's attention sees, which is one more than the context.
+        if self.offset > self.context:
+            k, v = k[..., 1:, :], v[..., 1:, :]
+        self.keys, self.values = k, v
         self.offset += 1
-        return keys, values
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def embed(embedding, tokens: mx.array) -> mx.array:
@@ -85,10 +89,21 @@ def embed(embedding, tokens: mx.array) -> mx.array:
 
 def embed_frame(model: Lm, tokens: mx.array) -> mx.array:
     """Sum of the embeddings of all streams: int `[B, 1 + n_q, T]` -> `[B, T, D]`."""
-    xs = embed(model.text_emb, tokens[:, 0])
-    for i, embedding in enumerate(model.audio_embs):
-        xs = xs + embed(embedding, tokens[:, 1 + i])
-    return xs
+    xs = embed(model.text_emb, tokens[:, 0])[:, None]
+    if not model.audio_embs:
+        return xs.squeeze(1)
+    # As `embed`, with the codes of all streams prepared at once.
+    codes = mx.split(mx.maximum(tokens[:, 1:], 0), len(model.audio_embs), axis=1)
+    silent = mx.split(tokens[:, 1:, :, None] == -1, len(model.audio_embs), axis=1)
+    for embedding, code, nothing in zip(model.audio_embs, codes, silent, strict=True):
+        xs = xs + mx.where(nothing, 0, _rows(embedding, code))
+    return xs.squeeze(1)
+
+
+def _rows(embedding, tokens: mx.array) -> mx.array:
+    if isinstance(embedding, ScaledEmbedding):
+        return embedding.weight[tokens]
+    return embedding(tokens)
 
 
 def guide(logits: mx.array, coef: float) -> mx.array:
@@ -138,7 +153,8 @@ class FrameGenerator:
         on_audio_hook: Hook | None = None,
         compile: bool = True,
     ):
-        use_window_attention(model.transformer)
+        for transformer in (model.transformer, *(s.transformer for s in model.depformer.slices)):
+            use_window_attention(transformer)
         self.model, self.cfg = model, model.cfg
         self.text_sampler, self.audio_sampler = text_sampler, audio_sampler
         self.batch_size, self.cfg_coef = batch_size, cfg_coef
@@ -311,7 +327,8 @@ class FrameGenerator:
         slices = self.model.depformer.slices
         if not slices:
             return mx.zeros((self.batch_size, 0), mx.int32), key
-        caches = [LayerCache(_DepformerCache()) for _ in slices[0].transformer.layers]
+        first = slices[0].transformer
+        caches = [LayerCache(_DepformerCache(first.cfg.context)) for _ in first.layers]
         token, codes = text, []
         for i, piece in enumerate(slices):
             last = token if self.cfg_coef == 1 else mx.tile(token, (2, 1))

@@ -105,6 +105,8 @@ def test_same_tokens_as_lmgen(samplers, compile):
         {"delays": [0, 0, 1, 2, 3, 0, 0, 0, 0]},
         {"depformer_low_rank_embeddings": 8},
         {"depformer_weights_per_step_schedule": [0, 1, 1, 1]},
+        {"depformer_context": 2},
+        {"depformer_pos_emb": "rope"},
         {"positional_embedding": "none"},
         {"layer_scale": 0.5},
         {"dep_q": 0, "delays": [0] * 9},  # stt: listens to all streams, speaks none
