@@ -30,6 +30,7 @@ _ALWAYS = (
     *("positional_embedding", "depformer_pos_emb"),
 )
 _COUNTS = ["n_q", "dep_q", "extra_heads_num_heads"]
+_OPTIONAL_SIZES = ["depformer_low_rank_embeddings", "extra_heads_dim"]
 _NAMES = ["moshi_name", "mimi_name", "tokenizer_name"]
 _NUMBERS = {
     "stt_config": ("audio_delay_seconds", "audio_silence_prefix_seconds"),
@@ -82,6 +83,9 @@ def _kinds(config: Config) -> Iterator[str]:
     for name in _COUNTS:
         if not _whole(config.get(name, 0), 0):
             yield f"{name} should be a whole number, found {config[name]!r}"
+    for name in _OPTIONAL_SIZES:
+        if config.get(name) is not None and not _whole(config[name], 1):
+            yield f"{name} should be a whole number above 0, found {config[name]!r}"
     for name in _NAMES:
         if not isinstance(config.get(name, ""), str):
             yield f"{name} should be a file name, found {config[name]!r}"
@@ -149,5 +153,5 @@ def build_lm(config: LmConfig, name: str) -> Lm:
     """
     try:
         return Lm(config)
-    except (AssertionError, ValueError, TypeError) as error:
+    except (ArithmeticError, AssertionError, ValueError, TypeError) as error:
         raise UserError(f"{name}: config.json cannot be built: {error}") from error

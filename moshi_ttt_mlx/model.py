@@ -79,22 +79,24 @@ class Model:
         top_k: int | None = None,
         text_top_k: int | None = None,
     ) -> tuple[Sampler, Sampler]:
-        """Text and audio sampling: what is given, else the model's own settings, else moshi_mlx's."""
+        """Text and audio sampling: what is given, else the model's own settings, else moshi_mlx's.
+
+        Raises:
+            UserError: a temperature below 0.
+        """
         own = self.config.get("lm_gen_config") or {}
 
         def pick(given, name: str, default):
             return own.get(name, default) if given is None else given
 
         temp_all = pick(temp, "temp", 0.8)
-        text = Sampler(
-            temp=pick(temp if text_temp is None else text_temp, "temp_text", temp_all),
-            top_k=self._fitting(
-                pick(text_top_k, "top_k_text", 25), self.lm.cfg.text_out_vocab_size
-            ),
-        )
-        vocabulary = self.lm.cfg.audio_vocab_size - 1
-        return text, Sampler(
-            temp=temp_all, top_k=self._fitting(pick(top_k, "top_k", 250), vocabulary)
+        temp_text = pick(temp if text_temp is None else text_temp, "temp_text", temp_all)
+        if not min(temp_all, temp_text) >= 0:
+            raise UserError(f"temp must be 0 (greedy) or more, got {min(temp_all, temp_text)}")
+        texts, codes = self.lm.cfg.text_out_vocab_size, self.lm.cfg.audio_vocab_size - 1
+        return (
+            Sampler(temp=temp_text, top_k=self._fitting(pick(text_top_k, "top_k_text", 25), texts)),
+            Sampler(temp=temp_all, top_k=self._fitting(pick(top_k, "top_k", 250), codes)),
         )
 
     @staticmethod
