@@ -66,6 +66,7 @@ LAG_SECONDS = 5.0
 
 _PACE_FRAMES = 50  # frame times behind the median: four seconds
 _POLL_SECONDS = 0.1
+_CLOSE_SECONDS = 5.0
 
 
 class Device(Protocol):
@@ -298,6 +299,18 @@ def warm_up(session: "Session") -> None:
         scratch.step(silence)
 
 
+def leave_mlx() -> None:
+    """End what MLX has started for this thread, as the last thing the thread does.
+
+    Left to the end of the process, mlx 0.32.4 aborts it in about half of all runs on Linux, when a
+    thread that used MLX has ended before. mlx 0.26.5 has no streams of threads and nothing to end.
+    """
+    import mlx.core as mx
+
+    if hasattr(mx, "clear_streams"):
+        mx.clear_streams()
+
+
 class Talk:
     """One live talk from loading to the last frame.
 
@@ -381,7 +394,7 @@ class Talk:
         """Let the worker thread go. The session can no longer be saved."""
         self.stop()
         self._jobs.put(None)
-        self._thread.join(1.0)
+        self._thread.join(_CLOSE_SECONDS)
 
     # -- on the worker thread
 
@@ -395,6 +408,7 @@ class Talk:
             self.events.put(Ended(reason))
         while not self._closed:
             self._do_job(self._jobs.get())
+        leave_mlx()
 
     def _do_job(self, job: tuple[Callable, Future] | None) -> None:
         if job is None:

@@ -3,6 +3,7 @@
 import queue
 import threading
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from fake_talk import SILENCE, Clock, EagerDevice, FakeDevice, FakeSession, PlayingDevice, voice
@@ -225,6 +226,19 @@ def test_the_model_is_loaded_on_the_thread_that_steps(stage):
     talk.save("after")
     talk.close()
     assert session.threads == set(loaded_on)
+
+
+def test_the_worker_ends_its_mlx_streams_when_it_goes(stage, monkeypatch):
+    cleared = []
+    monkeypatch.setattr(
+        mx, "clear_streams", lambda: cleared.append(threading.get_ident()), raising=False
+    )
+    talk_stage = stage()
+    talk_stage.until(Ready)
+    talk_stage.microphone.speak(voice())
+    talk_stage.until(Said)
+    talk_stage.end()
+    assert set(cleared) == talk_stage.session.threads
 
 
 def test_when_the_model_is_late_the_oldest_user_frames_go(stage):

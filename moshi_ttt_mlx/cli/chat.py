@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         console.show_cursor()
         print("\nmoshi-ttt-mlx: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
+    finally:
+        talk.close()
 
 
 def _chat(args, talk, keeper, screen, console) -> int:
@@ -101,7 +103,6 @@ def _chat(args, talk, keeper, screen, console) -> int:
     if ended.reason:
         screen.warn(f"{ended.reason}: the talk is over")
     _keep(args.session, talk, screen, console if may_ask else None)
-    talk.close()
     return 1 if ended.reason else 0
 
 
