@@ -30,7 +30,10 @@ class Codec(Protocol):
     num_codebooks: int  # K
 
     def encode(self, pcm: np.ndarray) -> np.ndarray:
-        """The next frame in: float32 `[frame_size]`, in -1..1 -> int32 `[K]`."""
+        """The next frame in: float32 `[frame_size]`, finite, in -1..1 -> int32 `[K]`.
+
+        A NaN would stay in the attention window of the stream; the caller keeps it out.
+        """
         ...
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -117,7 +120,7 @@ def mimi_config_from_dict(config: dict[str, Any]) -> MimiConfig:
 
 
 def small_mimi(num_codebooks: int = 8) -> MimiConfig:
-    """A Mimi of 0.2 M parameters with Kyutai's frame, ratios and window: for tests and the demo."""
+    """A Mimi of 0.65 M parameters with Kyutai's frame, ratios and window: for tests and the demo."""
     config = mimi_config_to_dict(mimi_202407(num_codebooks))
     config["seanet"] |= {"nfilters": 8, "dimension": 64}
     config["transformer"] |= {

@@ -209,9 +209,9 @@ class RustyCodec:
 
         Returns:
             Arrays `pcm` float32 `[N, 1920]` and `codes` int32 `[M, K']`, at most `epoch + warmup`
-            frames each, and string metadata.
+            frames each and absent where there are none; and string metadata.
         """
-        arrays = {"pcm": _stack(self._encoding.heard, FRAME_SIZE, np.float32)}
+        arrays = {}
         meta = {
             "backend": self.name,
             "weights": self._weights,
@@ -220,9 +220,10 @@ class RustyCodec:
             "warmup": str(self.grid.warmup),
             "encoder_epoch": str(self._encoding.epoch),
         }
+        if self._encoding.heard:  # mlx cannot write an empty array to a file
+            arrays["pcm"] = np.stack(self._encoding.heard)
         if self._decoding is not None:
-            codebooks = self._decoding.codebooks
-            arrays["codes"] = _stack(self._decoding.heard, codebooks, np.int32)
+            arrays["codes"] = np.stack(self._decoding.heard)
             meta["decoder_epoch"] = str(self._decoding.epoch)
         return arrays, meta
 
@@ -247,7 +248,7 @@ class RustyCodec:
         self._encoding = _Direction(
             self._tokenizers, self.num_codebooks, _Tokenizer.encode, int(meta["encoder_epoch"])
         )
-        work = [(self._encoding, frame) for frame in arrays["pcm"]]
+        work = [(self._encoding, frame) for frame in arrays.get("pcm", ())]
         self._decoding = None
         if "codes" in arrays:
             codes = arrays["codes"]
@@ -259,7 +260,3 @@ class RustyCodec:
             direction.run(frame)
             if progress is not None:
                 progress(done + 1, len(work))
-
-
-def _stack(frames: list[np.ndarray], width: int, dtype: type) -> np.ndarray:
-    return np.array(frames, dtype).reshape(-1, width)
