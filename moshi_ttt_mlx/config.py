@@ -44,14 +44,24 @@ def read_config(path: Path) -> Config:
     Raises:
         UserError: not a JSON object, or not the config of a model that moshi_mlx can build.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected a JSON model config ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    config = read_json(path)
     check_config(config, str(path))
     return config
+
+
+def read_json(path: Path) -> Config:
+    """Read a JSON object.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected a JSON model config ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def check_config(config: Config, where: str) -> None:

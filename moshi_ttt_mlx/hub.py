@@ -174,7 +174,7 @@ class _Folder(_Source):
         return f" (found: {', '.join(names) or 'nothing'})"
 
 
-def _source(name: str, progress: Progress) -> _Source:
+def open_source(name: str, progress: Progress = silent) -> _Source:
     path = DEMO if name == "demo" else Path(name).expanduser()
     if name and path.is_dir():
         return _Folder(name, path)
@@ -229,7 +229,7 @@ def find_files(
     """
     if hf_repo is None and not (moshi_weight and mimi_weight and tokenizer):
         hf_repo = f"kyutai/moshiko-mlx-q{quantized}" if quantized else DEFAULT_REPO
-    source = _source(hf_repo, progress) if hf_repo is not None else None
+    source = open_source(hf_repo, progress) if hf_repo is not None else None
     config = _config(source, lm_config)
     text_only = config["n_q"] == 0 if config else _is_helium(source)
     names = config or (HELIUM_NAMES if text_only else {})

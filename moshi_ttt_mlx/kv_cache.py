@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 from mlx import nn
 
+from .ttt import wide
+
 if TYPE_CHECKING:
     from .memory import MemoryCache, Virtual
 
@@ -63,7 +65,7 @@ def read(
     own = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     if virtual is None:
         return own
-    scores = (q @ k.swapaxes(2, 3)).astype(_wide(q)) * scale
+    scores = wide(q @ k.swapaxes(2, 3)) * scale
     if mask is not None:
         scores = mx.where(mask, scores, -mx.inf)
     return mix(own, scores, *virtual, scale)
@@ -91,13 +93,9 @@ def mix(
     weights = mx.exp(logits - top)
     signed, size = virtual.gate * weights, mx.abs(virtual.gate) * weights
     size = mx.sum(size, axis=-1, keepdims=True)
-    wide = own.astype(scores.dtype)
-    change = (virtual.mix(signed) - size * wide) / (mx.exp(total - top) + size)
-    return (wide + change).astype(own.dtype)
-
-
-def _wide(x: mx.array) -> mx.Dtype:
-    return mx.float64 if x.dtype == mx.float64 else mx.float32
+    change = virtual.mix(signed) - size * own.astype(scores.dtype)
+    change = change / (mx.exp(total - top) + size)
+    return (own.astype(scores.dtype) + change).astype(own.dtype)
 
 
 class WindowKVCache:
@@ -289,7 +287,7 @@ class WindowKVCache:
     def _read_with_sinks(self, q, k, v, scale, mask, query, position, virtual) -> mx.array:
         seen = min(self.sinks, self.length)
         sink_scores = self._turn_queries(q, position) @ self.sink_keys[..., :seen, :].swapaxes(2, 3)
-        scores = mx.concatenate([sink_scores, q @ k.swapaxes(2, 3)], axis=3).astype(_wide(q))
+        scores = wide(mx.concatenate([sink_scores, q @ k.swapaxes(2, 3)], axis=3))
         mask = mx.concatenate([mx.arange(seen)[None] <= query, mask], axis=1)
         scores = mx.where(mask, scores * scale, -mx.inf)
         v = mx.concatenate([self.values[..., :seen, :], v], axis=2)

@@ -14,16 +14,17 @@ rounds away (74 to 99 % of the entries never move).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import mlx.core as mx
 from mlx import nn
 
 from .errors import UserError
-from .ttt import TTTMLP, Arrays, Rules, TTTLinear, TTTState
+from .ttt import TTTMLP, Arrays, Rules, TTTLinear, TTTState, wide
 
 Placement = Literal["cache", "after", "replace"]
 Mode = Literal["on", "off", "frozen"]
+MODES = get_args(Mode)
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class Virtual:
 
     def logits(self, q: mx.array, scale: float) -> mx.array:
         """`[B, H, T, n]` float32 for unrotated queries `[B, H, T, D]`."""
-        q, done, out = q.astype(mx.float32), 0, []
+        q, done, out = wide(q), 0, []
         for tokens, keys, _ in self.parts:
             mine = q[:, :, done : done + tokens]
             out.append(
@@ -228,6 +229,11 @@ def _unit(x: mx.array) -> mx.array:
     return x * mx.rsqrt(mx.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
+def _affine(layer: nn.Linear, x: mx.array) -> mx.array:
+    # nn.Linear goes through addmm, which has no float64 on CPU.
+    return x @ layer.weight.T + layer.bias
+
+
 class TTTMemory(nn.Module):
     """The outer-loop parameters of one layer's memory.
 
@@ -245,7 +251,8 @@ class TTTMemory(nn.Module):
         super().__init__()
         self._config, self._width, self._heads = config, width, heads
         inner = config.heads * config.head_dim
-        self.q_proj = nn.Linear(width, inner, bias=False)
+        if config.read == "query":
+            self.q_proj = nn.Linear(width, inner, bias=False)
         self.k_proj = nn.Linear(width, inner, bias=False)
         self.v_proj = nn.Linear(width, inner, bias=False)
         self.rate = nn.Linear(width, config.heads)
@@ -289,11 +296,17 @@ class TTTMemory(nn.Module):
             batch: rows, each with a state of its own.
             mode: `on` or `frozen`.
         """
-        tail = mx.zeros((batch, self._config.conv - 1, self._width))
+        dtype = wide(self.gate).dtype
+        tail = mx.zeros((batch, self._config.conv - 1, self._width), dtype)
         cache = MemoryCache(mode, tail, self.learner.init_state(batch))
         if self._config.read == "slots":
             cache.slots = self._probe(cache.inner)
         return cache
+
+    def report(self, cache: MemoryCache) -> dict[str, float | int]:
+        """Counters and norms of one layer; see `Session.memory_report`."""
+        norms = {n: mx.max(a).item() for n, a in self.learner.norms(cache.inner).items()}
+        return cache.meta_state | norms | {"gate": mx.max(mx.abs(self.gate)).item()}
 
     def is_closed(self) -> bool:
         """Whether every gate is exactly shut (one host read): then the layer is the base model's."""
@@ -384,8 +397,11 @@ class TTTMemory(nn.Module):
     def _inputs(self, xs: mx.array, cache: MemoryCache) -> dict[str, mx.array | None]:
         """Queries, keys, values `[B, H, T, f]`, rates and decays `[B, H, T]`, in float32."""
         mixed = self._convolve(xs, cache)
-        xs = xs.astype(mx.float32)
-        q, k = _unit(self._split(self.q_proj(mixed))), _unit(self._split(self.k_proj(mixed)))
+        xs = wide(xs)
+        k = _unit(self._split(self.k_proj(mixed)))
+        # The slots read asks by its probes alone.
+        slots = self._config.read == "slots"
+        q = k if slots else _unit(self._split(self.q_proj(mixed)))
         if self._config.rope:
             q, k = self._rotate(q, cache), self._rotate(k, cache)
         return {
@@ -399,9 +415,9 @@ class TTTMemory(nn.Module):
     def _convolve(self, xs: mx.array, cache: MemoryCache) -> mx.array:
         """Causal depthwise convolution; its last inputs are state."""
         if self._config.conv == 1:
-            return xs.astype(mx.float32)
+            return wide(xs)
         t, w = xs.shape[1], self._config.conv
-        line = mx.concatenate([cache.tail, xs.astype(mx.float32)], axis=1)
+        line = mx.concatenate([cache.tail, wide(xs)], axis=1)
         cache.tail = line[:, t:]
         return sum(self.conv_weight[i] * line[:, i : i + t] for i in range(w))
 
@@ -422,9 +438,9 @@ class TTTMemory(nn.Module):
     def _learned_rate(self, xs: mx.array) -> mx.array:
         f = self._config.head_dim
         base = 4 * math.sqrt(f) if self._config.base_lr is None else self._config.base_lr
-        return base / f * mx.sigmoid(self.rate(xs)).swapaxes(1, 2)
+        return base / f * mx.sigmoid(_affine(self.rate, xs)).swapaxes(1, 2)
 
     def _learned_decay(self, xs: mx.array) -> mx.array | None:
         if not self._config.forget:
             return None
-        return mx.exp(-nn.softplus(self.decay(xs))).swapaxes(1, 2)
+        return mx.exp(-nn.softplus(_affine(self.decay, xs))).swapaxes(1, 2)

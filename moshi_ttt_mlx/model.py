@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .config import build_lm, lm_config
 from .errors import UserError
 from .hub import ModelFiles, Progress, find_files, silent
 from .mimi_weights import fingerprint
+from .surgery import Adapter, adapter_files, load_adapter
 from .weights import load_lm_weights
 
 FRAME_SECONDS = 0.08
@@ -34,6 +36,7 @@ class Model:
     tokenizer: sentencepiece.SentencePieceProcessor
     codec: Codec | None
     fingerprint: str
+    memory: Adapter | None = None
     _codec_taken: bool = field(default=False, repr=False)
 
     def new_codec(self) -> Codec:
@@ -61,8 +64,10 @@ class Model:
 
     @property
     def silence_prefix(self) -> float:
-        """Seconds of silence an stt model expects before the sound."""
-        return float(self._stt.get("audio_silence_prefix_seconds", 0.0))
+        """Seconds of silence an stt model expects before the sound, in whole frames."""
+        seconds = float(self._stt.get("audio_silence_prefix_seconds", 0.0))
+        frames = math.ceil(round(seconds / FRAME_SECONDS, 6))  # 0.24 / 0.08 is 3 and a little
+        return frames * FRAME_SECONDS
 
     @property
     def _stt(self) -> dict[str, Any]:
@@ -167,9 +172,11 @@ def _mimi_shape(files: ModelFiles) -> MimiConfig | None:
         raise UserError(f"{files.name}: mimi config: expected an object of objects") from error
 
 
-def _fingerprint(files: ModelFiles, bits: int | None) -> str:
+def _fingerprint(files: ModelFiles, bits: int | None, adapter_path: str | None) -> str:
     """Tells models apart without reading gigabytes."""
-    parts = [fingerprint(p) for p in (files.moshi, files.mimi, files.tokenizer) if p is not None]
+    paths = [files.moshi, files.mimi, files.tokenizer]
+    paths += adapter_files(adapter_path) if adapter_path else []
+    parts = [fingerprint(path) for path in paths if path is not None]
     identity = json.dumps([files.config, bits, parts], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()
 
@@ -182,6 +189,7 @@ def load(
     tokenizer: str | Path | None = None,
     lm_config_file: str | Path | None = None,
     quantized: int | None = None,
+    adapter_path: str | None = None,
     codec: Backend = "auto",
     progress: Progress = silent,
 ) -> Model:
@@ -190,6 +198,7 @@ def load(
     Args:
         hf_repo, moshi_weight, mimi_weight, tokenizer, lm_config_file, quantized: see
             `hub.find_files`; weights may be in MLX's or PyTorch's layout, plain or quantized.
+        adapter_path: a memory for the model: a folder or repository, see `surgery.load_adapter`.
         codec: `auto`, `rustymimi` or `mlx`; see `codec.open_codec`.
         progress: called with one line before each step that takes time.
 
@@ -205,11 +214,12 @@ def load(
         quantized=quantized,
         progress=progress,
     )
-    return load_files(files, codec, progress)
+    return load_files(files, adapter_path, codec, progress)
 
 
 def load_files(
     files: ModelFiles,
+    adapter_path: str | None = None,
     codec: Backend = "auto",
     progress: Progress = silent,
 ) -> Model:
@@ -226,4 +236,6 @@ def load_files(
     progress(f"reading {files.moshi.name}")
     lm = build_lm(config, files.name)
     bits = load_lm_weights(lm, files.moshi, files.quantized)
-    return Model(files.name, lm, files.config or {}, text, audio, _fingerprint(files, bits))
+    memory = load_adapter(lm, adapter_path) if adapter_path else None
+    identity = _fingerprint(files, bits, adapter_path)
+    return Model(files.name, lm, files.config or {}, text, audio, identity, memory)

@@ -20,7 +20,8 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import UserError
-from .generate import FrameGenerator
+from .generate import Frame, FrameGenerator
+from .memory import MODES, Mode
 from .model import FRAME_SECONDS, Model
 from .transcript import Transcript
 
@@ -40,6 +41,7 @@ class Settings:
         conditions: value by conditioner name (hibiki: `description`); None takes the default.
         context: keys attention sees; None takes what the model was trained with.
         sinks: first frames kept visible for ever.
+        memory: `on`, `frozen` (read, never learn) or `off`, for models loaded with an adapter.
     """
 
     seed: int = 299792458
@@ -51,6 +53,7 @@ class Settings:
     conditions: dict[str, str] | None = None
     context: int | None = None
     sinks: int = 0
+    memory: Mode = "on"
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class SpokenFrame:
         piece: the SentencePiece piece, None for padding.
         codes: int32 `[K]` of the reply frame that became complete, `max_delay` frames ago, or None.
         pcm: its sound, float32 `[1920]` at 24 kHz, or None (the first frames; models that only write).
+        memory_ok: False once the memory has stopped being finite: it is shut, the talk goes on.
     """
 
     index: int
@@ -72,6 +76,7 @@ class SpokenFrame:
     piece: str | None
     codes: np.ndarray | None
     pcm: np.ndarray | None
+    memory_ok: bool = True
 
 
 class Session:
@@ -97,6 +102,8 @@ class Session:
             raise UserError(f"context must be 1..{context} frames for {model.name}, got {window}")
         if not 0 <= s.sinks < window:
             raise UserError(f"sinks must be 0..{window - 1} (they count in the context)")
+        if s.memory not in MODES:
+            raise UserError(f"memory must be one of {', '.join(MODES)}, got {s.memory!r}")
         text, audio = model.samplers(s.temp, s.text_temp, s.top_k, s.text_top_k)
         self.generator = FrameGenerator(
             model.lm,
@@ -105,6 +112,7 @@ class Session:
             cfg_coef=s.cfg_coef,
             window=window,
             sinks=s.sinks,
+            memory=s.memory,
             seed=s.seed,
             condition=model.condition(s.conditions, s.cfg_coef != 1),
         )
@@ -143,9 +151,7 @@ class Session:
         user = np.asarray(user)
         codes = user if np.issubdtype(user.dtype, np.integer) else self._listen(user)
         user_codes = codes[None, : self.model.lm.cfg.other_codebooks]
-        frame = self.generator.step(user_codes)
-        text, reply = frame.read()
-        return self._spoken(frame.index, int(text[0]), None if reply is None else reply[0])
+        return self._spoken(self.generator.step(user_codes))
 
     def _listen(self, pcm: np.ndarray) -> np.ndarray:
         if pcm.shape != (self.codec.frame_size,):
@@ -154,11 +160,24 @@ class Session:
             )
         return self.codec.encode(np.nan_to_num(pcm.astype(np.float32), posinf=0.0, neginf=0.0))
 
-    def _spoken(self, index: int, token: int, codes: np.ndarray | None) -> SpokenFrame:
-        piece = self.model.piece(token)
-        text = self.transcript.add(index, piece, self.speaker) if piece is not None else None
+    def _spoken(self, frame: Frame) -> SpokenFrame:
+        text, codes = frame.read()
+        piece = self.model.piece(int(text[0]))
+        words = self.transcript.add(frame.index, piece, self.speaker) if piece is not None else None
+        codes = None if codes is None else codes[0]
         pcm = None if codes is None else self.codec.decode(codes)
-        return SpokenFrame(index, index * FRAME_SECONDS, text or "", piece, codes, pcm)
+        time = frame.index * FRAME_SECONDS
+        return SpokenFrame(frame.index, time, words or "", piece, codes, pcm, frame.memory_ok)
+
+    def memory_report(self) -> dict[int, dict[str, float | int]]:
+        """How each layer's memory fares; reads the device, so ask now and then, not every frame.
+
+        Returns:
+            By layer: `tokens` and `updates` so far, `step` and `drift` (largest over heads and inner
+            layers: `||dW|| / ||W||` of the last fold, and of all of them against the initial
+            weights), `gate` (largest absolute value). Layers whose gate is shut do not appear.
+        """
+        return self.generator.memory_report()
 
     # -- save and resume ----------------------------------------------------------------------
 

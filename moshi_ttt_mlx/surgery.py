@@ -15,12 +15,12 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx import nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 from moshi_mlx.models import Lm
 
+from .config import read_json
 from .errors import UserError
-from .hub import _Source as Source
-from .hub import read_config
+from .hub import open_source
 from .layers import MemoryAttention, WindowAttention, use_window_attention
 from .memory import MemoryConfig, TTTMemory
 from .weights import check_shapes, expected_shapes, read_shapes
@@ -41,7 +41,14 @@ class Adapter(nn.Module):
     def __init__(self, config: MemoryConfig, memories: dict[int, TTTMemory]):
         super().__init__()
         self._config = config
-        self.layers = {str(index): memory for index, memory in memories.items()}
+        # Not a list: only some layers have one. Not digits: MLX would make a list of them.
+        for index, memory in memories.items():
+            self[f"layer_{index}"] = memory
+
+    @property
+    def memories(self) -> dict[int, TTTMemory]:
+        """Memory by layer index."""
+        return {int(name.removeprefix("layer_")): memory for name, memory in self.items()}
 
     @property
     def config(self) -> MemoryConfig:
@@ -111,7 +118,7 @@ def read_memory_config(path: Path) -> MemoryConfig:
     Raises:
         UserError: another format, unknown fields, impossible values.
     """
-    fields = read_config(path)
+    fields = read_json(path)
     if fields.pop("format", None) != FORMAT:
         raise UserError(f"{path}: expected a memory config of format {FORMAT}")
     try:
@@ -126,7 +133,7 @@ def adapter_files(adapter_path: str) -> tuple[Path, Path]:
     Raises:
         UserError: either is missing.
     """
-    source = Source(adapter_path)
+    source = open_source(adapter_path)
     return source.get(CONFIG_NAME), source.get(WEIGHTS_NAME)
 
 
@@ -144,7 +151,7 @@ def load_adapter(lm: Lm, adapter_path: str) -> Adapter:
     except UserError:
         remove_memory(lm)
         raise
-    weights = {n: a.astype(mx.float32) for n, a in mx.load(str(weights_file)).items()}
-    adapter.update(tree_unflatten(list(weights.items())))
+    weights = mx.load(str(weights_file))
+    adapter.load_weights([(name, array.astype(mx.float32)) for name, array in weights.items()])
     mx.eval(adapter.parameters())
     return adapter

@@ -7,6 +7,7 @@ import sys
 
 from .. import __version__
 from ..errors import UserError
+from ..lanes import ensure_compile_works, require_moshi_mlx
 
 # Verb -> what it is for. A verb's module has `add_arguments(parser)` and `run(args) -> int | None`.
 VERBS = {
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         format="%(levelname)s: %(message)s",
     )
     try:
+        require_moshi_mlx()
+        ensure_compile_works()
         return args.run(args) or 0
     except UserError as error:
         if args.verbose:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from ..errors import UserError
 
+MEMORY_BROKE = "the memory is no longer finite: it is shut, the talk goes on without it"
 DEMO_NOTE = "the demo model is tiny and untrained: its words mean nothing"
 
 
@@ -27,6 +28,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "-q", "--quantized", type=int, choices=[4, 8], help="bits: ready made file, or on load"
     )
     group.add_argument("--codec", choices=["auto", "rustymimi", "mlx"], default="auto")
+    group.add_argument(
+        "--adapter-path", metavar="DIR|REPO", help="a memory for the model (memory.safetensors)"
+    )
 
 
 def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +52,12 @@ def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", "--max-kv-size", type=int, help="frames attention sees (12.5 a second)"
     )
     group.add_argument("--sinks", type=int, default=0, help="first frames that stay visible")
+    group.add_argument(
+        "--memory",
+        choices=["on", "frozen", "off"],
+        default="on",
+        help="with --adapter-path: learn and read, only read, or the base model",
+    )
     group.add_argument("--steps", type=int, help="moshi_mlx's limit; not needed: a talk has none")
 
 
@@ -68,7 +78,7 @@ def load_model(args: argparse.Namespace, console: Console):
         progress=lambda message: console.print(message, style="dim", highlight=False),
     )
     with console.status("loading") as status:
-        return load_files(files, args.codec, progress=status.update)
+        return load_files(files, args.adapter_path, args.codec, status.update)
 
 
 def _calm_huggingface_hub(verbose: bool, quiet: bool) -> None:
@@ -83,6 +93,7 @@ def _calm_huggingface_hub(verbose: bool, quiet: bool) -> None:
 def talk_settings(args: argparse.Namespace) -> dict:
     """The keyword arguments of `Session`."""
     names = ("seed", "temp", "text_temp", "top_k", "text_top_k", "cfg_coef", "context", "sinks")
+    names += ("memory",)
     return {name: getattr(args, name) for name in names} | {"conditions": _conditions(args)}
 
 

@@ -5,6 +5,7 @@ Words go to stdout as they come; the progress bar and messages go to stderr.
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from ..errors import UserError
 from ..transcript import FORMATS
 from .common import (
     DEMO_NOTE,
+    MEMORY_BROKE,
     add_model_arguments,
     add_talk_arguments,
     check_folders,
@@ -89,7 +91,7 @@ def _padding(session) -> tuple[int, int]:
     """Frames of silence that an stt model needs before and after the recording."""
     model = session.model
     before = round(model.silence_prefix * FRAMES_PER_SECOND) if session.frame == 0 else 0
-    after = 0 if model.speaks else round((model.audio_delay + 1.0) * FRAMES_PER_SECOND)
+    after = 0 if model.speaks else math.ceil((model.audio_delay + 1.0) * FRAMES_PER_SECOND)
     return before, after
 
 
@@ -112,7 +114,7 @@ class _Listener:
     def __init__(self, session, sound: WavWriter | None, bar: Progress, total: int | None):
         self.session, self.sound, self.bar = session, sound, bar
         self.task = bar.add_task("", total=total, speed="", clock="")
-        self.started, self.heard = time.monotonic(), 0
+        self.started, self.heard, self.memory_ok = time.monotonic(), 0, True
         # The user's frames whose reply is still to come; of a resumed talk they are not known.
         self.users = [SILENCE] * min(session.frame, session.generator.max_delay)
 
@@ -120,6 +122,9 @@ class _Listener:
         spoken = self.session.step(pcm)
         if spoken.text:
             _print_words(spoken.text, self.bar)
+        if self.memory_ok and not spoken.memory_ok:
+            self.bar.console.print(MEMORY_BROKE, style="yellow")
+        self.memory_ok = spoken.memory_ok
         if self.sound:
             self.users.append(pcm)
             if spoken.pcm is not None:
