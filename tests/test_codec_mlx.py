@@ -255,7 +255,7 @@ def test_frames_of_a_wrong_shape(codec):
     for codes in (np.zeros(9, np.int32), np.zeros((8, 1), np.int32), np.zeros(0, np.int32)):
         with pytest.raises(ValueError, match="1 to 8 codes"):
             codec.decode(codes)
-    with pytest.raises(ValueError, match="0..255"):
+    with pytest.raises(ValueError, match=r"0\.\.255"):
         codec.decode(np.full(8, 256))
 
 

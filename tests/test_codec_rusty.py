@@ -237,7 +237,7 @@ def test_frames_of_a_wrong_shape(weights):
         with pytest.raises(ValueError, match="1 to 8 codes"):
             codec.decode(codes)
     for code in (-1, 2048):
-        with pytest.raises(ValueError, match="0..2047"):
+        with pytest.raises(ValueError, match=r"0\.\.2047"):
             codec.decode(np.full(8, code, np.int32))
 
 
