@@ -235,6 +235,18 @@ def test_stt_writes_what_it_heard_and_when(run, wav, tmp_path):
     assert all(0 <= w["start"] <= w["end"] for w in words)
 
 
+@pytest.mark.parametrize(
+    "delay, prefix, frames",
+    [(0.16, 0.24, 3 + 12 + 15), (0.5, 1.0, 13 + 12 + 19), (0.0, 0.0, 0 + 12 + 13)],
+)
+def test_stt_gets_the_silence_it_was_trained_with(delay, prefix, frames, wav, tmp_path, capfd):
+    seconds = {"audio_delay_seconds": delay, "audio_silence_prefix_seconds": prefix}
+    folder = str(tiny.tiny_stt(tmp_path / "stt", stt_config=seconds))
+    for already in (0, 13 if prefix == 1.0 else round(prefix / 0.08)):  # a resumed talk had it
+        assert main(["transcribe", wav, "--hf-repo", folder, "--session", str(tmp_path / "s")]) == 0
+        assert f"{frames - already} frames" in capfd.readouterr().err
+
+
 # -- odd recordings -------------------------------------------------------------------------------
 
 
