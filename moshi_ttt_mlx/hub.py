@@ -175,6 +175,11 @@ class _Folder(_Source):
 
 
 def open_source(name: str, progress: Progress = silent) -> _Source:
+    """What a name means: `demo`, a folder that is there, or a repository on the hub.
+
+    Raises:
+        UserError: it can be none of them.
+    """
     path = DEMO if name == "demo" else Path(name).expanduser()
     if name and path.is_dir():
         return _Folder(name, path)

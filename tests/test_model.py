@@ -14,6 +14,7 @@ from moshi_ttt_mlx import Session, UserError, load
 from moshi_ttt_mlx.audio import WavWriter
 from moshi_ttt_mlx.cli import main
 from moshi_ttt_mlx.config import build_lm, check_config, lm_config
+from moshi_ttt_mlx.mimi_weights import fingerprint
 from moshi_ttt_mlx.model import NOT_PRINTED
 
 FAMILIES = {
@@ -163,6 +164,20 @@ def test_a_fingerprint_tells_models_apart(tmp_path):
     assert (
         load(str(shutil.copytree(plain, tmp_path / "e"))).fingerprint == prints["plain"].fingerprint
     )
+
+
+@settings(max_examples=30, deadline=None)
+@given(at=st.floats(0, 1), size=st.sampled_from([1, 4_000_000, 9_999_999, 40_000_000]))
+def test_a_fingerprint_sees_a_change_of_a_256th_anywhere(at, size, tmp_path_factory):
+    path = tmp_path_factory.mktemp("print") / "weights"
+    content = bytearray(size)
+    path.write_bytes(content)
+    before = fingerprint(path)
+    changed = max(1, -(-size // 256))
+    start = round(at * (size - changed))
+    content[start : start + changed] = b"\1" * changed
+    path.write_bytes(content)
+    assert fingerprint(path) != before
 
 
 def test_asking_for_the_bits_a_file_has_changes_nothing(tmp_path):
