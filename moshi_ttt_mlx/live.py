@@ -48,8 +48,8 @@ CALM_FRAMES = 3
 REPLY_FRAMES = HEARD_FRAMES + CALM_FRAMES
 """Reply frames that may wait to be played; only clocks that drift apart get there."""
 
-SILENT_LEVEL = 0.001
-"""A reply frame whose loudest sample is below this (-60 dB) is silent."""
+SILENT_LEVEL = -50.0
+"""A reply frame below this (dBFS) is silent: a codec's silence is not made of zeros."""
 
 WARM_UP_FRAMES = 5
 """Frames on a scratch session: kernels are built, weights are in memory."""
@@ -176,6 +176,11 @@ class HeardQueue:
             return self._frames.popleft() if self._frames else None
 
 
+def level(pcm: np.ndarray) -> float:
+    """Loudness in dBFS (RMS), -100 at the least."""
+    return max(-100.0, 10 * float(np.log10(np.mean(np.square(pcm, dtype=np.float64)) + 1e-10)))
+
+
 class ReplyQueue:
     """Reply sound on its way to the loudspeaker: frames in, any number of samples out.
 
@@ -198,7 +203,7 @@ class ReplyQueue:
             if not self._begun:
                 self._samples = np.zeros(self._cushion, np.float32)
                 self._begun = True
-            silent = np.abs(frame).max() < SILENT_LEVEL
+            silent = level(frame) < SILENT_LEVEL
             if silent and len(self) > CALM_FRAMES * FRAME_SIZE:
                 self.skipped += 1
                 return
@@ -281,11 +286,6 @@ def too_slow_message(frame_ms: float, context: int) -> str:
         f"this machine needs {frame_ms:.0f} ms a frame, {FRAME_MS:.0f} are available: "
         f"try -q 4 or --context {max(1, context // 2)}"
     )
-
-
-def level(pcm: np.ndarray) -> float:
-    """Loudness in dBFS (RMS), -100 at the least."""
-    return max(-100.0, 10 * float(np.log10(np.mean(np.square(pcm, dtype=np.float64)) + 1e-10)))
 
 
 # -- the talk -------------------------------------------------------------------------------------

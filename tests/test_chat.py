@@ -12,7 +12,9 @@ from rich.console import Console
 
 from moshi_ttt_mlx.cli import chat, main, screen
 from moshi_ttt_mlx.errors import UserError
-from moshi_ttt_mlx.live import Status
+from moshi_ttt_mlx.live import Status, Talk
+
+WAIT = 20  # seconds until a test gives up
 
 
 class SpeakingDevice(FakeDevice):
@@ -55,7 +57,12 @@ def stage(monkeypatch):
         def run(self, *flags):
             return main(["--model", "demo", *flags])
 
+    def remembering(*args, **kwargs):
+        stage.talk = Talk(*args, **kwargs)
+        return stage.talk
+
     stage = Stage()
+    monkeypatch.setattr(chat, "Talk", remembering)
     monkeypatch.setattr(chat, "find_device", lambda kind, name: (kind, name))
     monkeypatch.setattr(chat, "Microphone", lambda device: stage.microphone)
     monkeypatch.setattr(chat, "Loudspeaker", lambda device: PlayingDevice("speaker"))
@@ -178,14 +185,14 @@ def test_a_second_ctrl_c_or_one_while_loading_quits_at_once(stage, monkeypatch, 
     monkeypatch.setattr(os, "_exit", quit)
     hung = threading.Event()
     if waiting == "for the model":
-        monkeypatch.setattr(chat, "load_model", lambda *args: (interrupt()(), hung.wait(20)))
+        monkeypatch.setattr(chat, "load_model", lambda *args: (interrupt()(), hung.wait(WAIT)))
     else:
 
         def step(user):
             interrupt()()
-            hung.wait(0.3)  # time for the handler to run
+            stage.talk._stopping.wait(WAIT)  # the first one has been understood
             interrupt()()
-            hung.wait(20)
+            hung.wait(WAIT)
 
         stage.session.step = step
     with pytest.raises(Quit, match="130"):
@@ -295,9 +302,11 @@ def test_markup_in_words_and_warnings_is_text():
 
 def test_the_status_line_shows_lag_pace_and_only_what_went_wrong():
     calm = screen.status_line(Status(age=3671, frame_ms=23.4, user_level=0, reply_level=-100)).plain
-    assert calm == "1:01:11  lag 0 ms  frame 23/80 ms  you ▮▮▮▮▮▮▮▮  moshi ▯▯▯▯▯▯▯▯"
-    late = screen.status_line(Status(lag_ms=960, frame_ms=95.0, dropped=7, underruns=2)).plain
-    assert "lag 960 ms  frame 95/80 ms" in late and late.endswith("dropped 7  underruns 2")
+    assert calm == "1:01:11  lag 0 + 0 ms  frame 23/80 ms  you ▮▮▮▮▮▮▮▮  moshi ▯▯▯▯▯▯▯▯"
+    late = screen.status_line(
+        Status(lag_ms=960, ahead_ms=80, frame_ms=95.0, dropped=7, underruns=2)
+    ).plain
+    assert "lag 960 + 80 ms  frame 95/80 ms" in late and late.endswith("dropped 7  underruns 2")
 
 
 @pytest.mark.parametrize(("level", "lit"), [(-100, 0), (-56, 0), (-28, 4), (0, 8), (6, 8)])

@@ -106,12 +106,13 @@ class LiveScreen:
 
 
 def status_line(status: Status) -> Text:
-    """Age, lag, frame time, levels, and whatever went wrong so far."""
+    """Age, lag (before the model + before the loudspeaker), frame time, levels, what went wrong."""
     frame_ms = status.frame_ms
     slow = frame_ms is not None and frame_ms > FRAME_MS
     line = Text(no_wrap=True, overflow="ellipsis")
     line.append(clock(status.age), "bold")
-    line.append(f"  lag {status.lag_ms:.0f} ms", "red" if status.lag_ms > 2 * FRAME_MS else "")
+    line.append(f"  lag {status.lag_ms:.0f}", "red" if status.lag_ms > 2 * FRAME_MS else "")
+    line.append(f" + {status.ahead_ms:.0f} ms", "red" if status.ahead_ms > 6 * FRAME_MS else "")
     shown = "-" if frame_ms is None else f"{frame_ms:.0f}"
     line.append(f"  frame {shown}/{FRAME_MS:.0f} ms", "red" if slow else "")
     line.append(f"  you {bar(status.user_level)}  moshi {bar(status.reply_level)}")
