@@ -16,10 +16,11 @@ from huggingface_hub import constants, errors, file_download
 from rich.console import Console
 
 from moshi_ttt_mlx import UserError, load
-from moshi_ttt_mlx.cli import build_parser
+from moshi_ttt_mlx.cli import build_parser, main
 from moshi_ttt_mlx.cli.common import load_model
 from moshi_ttt_mlx.hub import DEMO, MIMI_NAME, TOKENIZER_NAME, find_files
 
+DEMO_CLIP = DEMO.parent.parent / "assets" / "demo_clip.flac"
 MOSHIKO = ("model.q4.safetensors", MIMI_NAME, TOKENIZER_NAME)
 
 
@@ -332,3 +333,21 @@ def test_quiet_is_quiet(repo, capsys):
         command_line("--hf-repo", "kyutai/tiny", "--quiet"), Console(stderr=True, quiet=True)
     )
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("how", ["no network", "wrong name", "gated"])
+def test_the_command_line_ends_with_one_line_and_status_2(how, hub, tmp_path, capfd):
+    name = "kyutai/tiny"
+    if how == "no network":
+        hub.close()
+    elif how == "gated":
+        hub.refused[name] = 403, "GatedRepo"
+    (tmp_path / "in.wav").write_bytes(DEMO_CLIP.read_bytes())
+    before = sorted(tmp_path.rglob("*.wav"))
+    argv = ["transcribe", str(tmp_path / "in.wav"), str(tmp_path / "out.wav"), "--hf-repo", name]
+    assert main(argv) == 2
+    out, err = capfd.readouterr()
+    step, error = err.splitlines()
+    assert out == "" and step == "kyutai/tiny: config.json"
+    assert error.startswith("moshi-ttt-mlx: ")
+    assert sorted(tmp_path.rglob("*.wav")) == before
