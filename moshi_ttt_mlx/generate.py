@@ -19,7 +19,7 @@ from moshi_mlx.models.lm import ScaledEmbedding
 from moshi_mlx.modules.transformer import LayerCache
 from moshi_mlx.utils import Sampler
 
-from .kv_cache import StepAt, TracedStep
+from .kv_cache import HybridKVCache, StepAt, TracedStep
 from .layers import end_step, make_memory_cache, use_window_attention
 from .memory import Mode
 from .sampling import draw
@@ -379,6 +379,15 @@ class FrameGenerator:
         if tokens.shape[1] > 1:
             self._transform(tokens[:, None, :-1], self.caches)
         self.history = mx.broadcast_to(tokens[:, None, -1:], self.history.shape)
+
+    def memory_report(self) -> dict[int, dict[str, float | int]]:
+        """See `Session.memory_report`."""
+        layers = enumerate(zip(self.model.transformer.layers, self.caches, strict=True))
+        return {
+            i: layer.self_attn.memory.report(cache.self_attn.memory)
+            for i, (layer, cache) in layers
+            if isinstance(cache.self_attn, HybridKVCache)
+        }
 
     def extra_heads(self, frame: Frame) -> list[mx.array]:
         """Probabilities of the model's extra heads for a frame, `[B, 1, extra_heads_dim]` each."""

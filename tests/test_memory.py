@@ -235,6 +235,21 @@ def test_updates_are_tokens_over_c_and_the_weights_move(kind):
     assert (np.array(norms["drift"]) > 1e-3).all() and (np.array(norms["step"]) > 0).all()
 
 
+def test_the_report_tells_how_each_open_memory_fares():
+    model, adapter = with_memory("query")
+    generator = FrameGenerator(model, **greedy())
+    ours(generator, codes(9))
+    report = generator.memory_report()
+    assert list(report) == [1]
+    assert (report[1]["tokens"], report[1]["updates"]) == (9, 2)
+    assert report[1]["gate"] == pytest.approx(np.abs(np.array(adapter.memories[1].gate)).max())
+    inner = generator.caches[1].self_attn.memory.inner
+    norms = adapter.memories[1].learner.norms(inner)
+    assert report[1]["drift"] == pytest.approx(np.array(norms["drift"]).max()) > 0
+    assert report[1]["step"] == pytest.approx(np.array(norms["step"]).max()) > 0
+    assert FrameGenerator(model, **greedy(), memory="off").memory_report() == {}
+
+
 @kinds
 def test_frozen_reads_what_is_there_and_learns_nothing(kind):
     model, _ = with_memory(kind)
