@@ -309,6 +309,15 @@ def test_the_status_line_shows_lag_pace_and_only_what_went_wrong():
     assert "lag 960 + 80 ms  frame 95/80 ms" in late and late.endswith("dropped 7  underruns 2")
 
 
+def test_the_status_line_leaves_room_for_the_terminal_s_own_ctrl_c():
+    file = io.StringIO()
+    console = Console(file=file, width=60, force_terminal=True, color_system=None)
+    with screen.LiveScreen(console) as live:
+        live.show(Status(dropped=100_000, underruns=100_000, skipped=100_000))
+        (line,) = [line for line in file.getvalue().splitlines() if "lag" in line]
+    assert line.endswith("…") and len(line[line.index("0:00") :]) <= 57
+
+
 @pytest.mark.parametrize(("level", "lit"), [(-100, 0), (-56, 0), (-28, 4), (0, 8), (6, 8)])
 def test_level_bars(level, lit):
     assert screen.bar(level).count("▮") == lit and len(screen.bar(level)) == 8

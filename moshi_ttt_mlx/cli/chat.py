@@ -194,6 +194,7 @@ def _ask(console: Console) -> str | None:
         try:
             answer = console.input(question, markup=False).strip()
         except EOFError:
+            console.print()
             return None
         if answer.lower() in ("", "n", "no"):
             return None

@@ -64,7 +64,6 @@ class LiveScreen:
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._words, self._began, self._latest = "", 0.0, 0.0
-        self._status = Status()
 
     def __enter__(self) -> "LiveScreen":
         return self
@@ -91,16 +90,18 @@ class LiveScreen:
     def show(self, status: Status) -> None:
         """Draw the current paragraph and the status line."""
         self._live.start()  # here, not before: loading has its own live line
-        self._status = status
         parts = [self._paragraph()] if self._words else []
-        self._live.update(Group(*parts, status_line(status)), refresh=True)
+        line = status_line(status)
+        # The terminal writes ^C behind it: on a full line that would begin a new one.
+        line.truncate(self._console.width - len("^C") - 1, overflow="ellipsis")
+        self._live.update(Group(*parts, line), refresh=True)
 
     def _paragraph(self) -> Text:
         return Text.assemble((f"{clock(self._began)} ", "dim"), self._words.strip())
 
     def _end_paragraph(self) -> None:
         if self._words:
-            self._live.update(Group(status_line(self._status)))
+            self._live.update("")
             self._console.print(self._paragraph())
         self._words = ""
 
