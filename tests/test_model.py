@@ -330,6 +330,10 @@ def test_what_is_broken_is_one_line(how, whole, wav, tmp_path, capfd):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_reasons_quoted_from_elsewhere_stay_on_the_line():
+    assert str(UserError("it broke: first\nsecond")) == "it broke: first second"
+
+
 def test_an_older_output_survives_a_model_that_does_not_load(whole, wav, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "broken")
     truncate(folder / "model.safetensors")
