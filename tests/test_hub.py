@@ -4,6 +4,7 @@ import errno
 import importlib
 import io
 import json
+import logging
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import tiny
 from hub_server import COMMIT, HubServer
 from huggingface_hub import constants, errors, file_download
+from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 
 from moshi_ttt_mlx import UserError, load
@@ -351,3 +353,10 @@ def test_the_command_line_ends_with_one_line_and_status_2(how, hub, tmp_path, ca
     assert out == "" and step == "kyutai/tiny: config.json"
     assert error.startswith("moshi-ttt-mlx: ")
     assert sorted(tmp_path.rglob("*.wav")) == before
+
+
+@pytest.mark.parametrize("flags, level", [([], "ERROR"), (["--verbose"], "WARNING")])
+def test_the_hubs_notes_about_retries_are_for_the_verbose(flags, level, repo):
+    hub_logging.set_verbosity_warning()
+    load_model(command_line("--hf-repo", "kyutai/tiny", *flags), Console(stderr=True))
+    assert hub_logging.get_verbosity() == getattr(logging, level)
