@@ -331,7 +331,7 @@ def process_bytes() -> int:
 
 
 def endure(
-    lm: Lm, early: int = 1_000, late: int = 10_000, timed: int = 500, progress: Progress = _silent
+    lm: Lm, early: int = 1_000, late: int = 10_000, timed: int = 1_000, progress: Progress = _silent
 ) -> dict:
     """Frame time and memory of one talk at frame `early` and at frame `late`.
 

@@ -348,3 +348,16 @@ def test_memory_does_not_grow():
 def test_shapes_that_do_not_fit_are_named(given, message):
     with pytest.raises(ValueError, match=message):
         FrameGenerator(build(), **greedy()).step(**given)
+
+
+def test_the_window_is_written_in_place():
+    """At 7B the rings of all layers are 1.6 GB: a frame must not copy them."""
+    generator = FrameGenerator(build(), **greedy())
+    places = set()
+    for frame in codes(CONTEXT + 20):
+        generator.step(frame).read()
+        if generator.frame > CONTEXT:
+            keys = np.array(generator.caches[0].self_attn.keys, copy=False)
+            places.add(keys.__array_interface__["data"][0])
+            del keys
+    assert len(places) == 1
