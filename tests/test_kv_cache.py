@@ -11,12 +11,16 @@ from mlx import nn
 
 from moshi_ttt_mlx import kv_cache
 from moshi_ttt_mlx.kv_cache import WindowKVCache
+from moshi_ttt_mlx.memory import Virtual
 
 B, H, D = 2, 2, 16  # 1 / sqrt(16) is exact: mlx 0.26 rounds Python scalars to float32
 
 
-def written_out(q, k, v, window, sinks, base=10_000.0):
-    """Plain float64 reference: every query loops over what it may see. Inputs are not rotated."""
+def written_out(q, k, v, window, sinks, virtual_k=None, virtual_v=None, gate=None, base=10_000.0):
+    """Plain float64 reference: every query loops over what it may see. Inputs are not rotated.
+
+    Virtual keys `[B, H, T, n, D]` are at distance 0 and weigh `|gate|` times as much as they would.
+    """
     freq = base ** (-np.arange(D // 2) / (D // 2))
 
     def turn(x, position):
@@ -33,9 +37,15 @@ def written_out(q, k, v, window, sinks, base=10_000.0):
         seen = kept + [(j, j) for j in recent]
         keys = np.stack([turn(k[:, :, j], at) for j, at in seen], axis=2)
         scores = np.einsum("bhd,bhnd->bhn", turn(q[:, :, p], p), keys) / np.sqrt(D)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        out[:, :, p] = np.einsum("bhn,bhnd->bhd", weights, v[:, :, [j for j, _ in seen]])
+        weights, values = np.exp(scores), v[:, :, [j for j, _ in seen]]
+        signs = np.ones_like(weights)
+        if gate is not None:
+            logits = np.einsum("bhd,bhnd->bhn", q[:, :, p], virtual_k[:, :, p]) / np.sqrt(D)
+            weights = np.concatenate([weights, np.abs(gate) * np.exp(logits)], axis=-1)
+            signs = np.concatenate([signs, np.sign(gate) * np.ones_like(logits)], axis=-1)
+            values = np.concatenate([values, virtual_v[:, :, p]], axis=2)
+        weights = signs * weights / weights.sum(-1, keepdims=True)
+        out[:, :, p] = np.einsum("bhn,bhnd->bhd", weights, values)
     return out
 
 
@@ -65,6 +75,12 @@ def softmax(scores, axis=-1, precise=True):
     return mx.array(e / e.sum(axis, keepdims=True), dtype=mx.float64)
 
 
+def logsumexp(scores, axis=-1, keepdims=True):
+    x = np.array(scores)
+    top = x.max(axis, keepdims=keepdims)
+    return mx.array(top + np.log(np.exp(x - top).sum(axis, keepdims=keepdims)), dtype=mx.float64)
+
+
 def attention(q, k, v, *, scale, mask=None):
     scores = np.array(q) @ np.array(k).swapaxes(2, 3) * scale
     if mask is not None:
@@ -80,18 +96,21 @@ def fast_rope(x, dims, *, traditional, base, scale, offset):
 @pytest.fixture(autouse=True)
 def _exact_library(monkeypatch):
     monkeypatch.setattr(mx, "softmax", softmax)
+    monkeypatch.setattr(mx, "logsumexp", logsumexp)
+    monkeypatch.setattr(mx, "exp", lambda x: mx.array(np.exp(np.array(x)), dtype=mx.float64))
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(mx.fast, "rope", fast_rope)
 
 
-def run(cache, q, k, v, pieces):
+def run(cache, q, k, v, pieces, virtual=None):
     """Feed a sequence in pieces, as a layer would: rotate at the cache's offset, then attend."""
     outs, start = [], 0
     for t in pieces:
         part = slice(start, start + t)
+        beside = virtual and (virtual.part(part), q[:, :, part])
         qr = cache.rope(q[:, :, part], offset=cache.offset)
         kr = cache.rope(k[:, :, part], offset=cache.offset)
-        outs.append(cache.attend(qr, kr, v[:, :, part], 1 / D**0.5))
+        outs.append(cache.attend(qr, kr, v[:, :, part], 1 / D**0.5, beside))
         mx.eval(outs[-1], cache.state)
         start += t
     return np.array(mx.concatenate(outs, axis=2))
@@ -119,6 +138,37 @@ def test_any_split_equals_full_attention_in_float64(window, sinks, cuts):
     arrays, (q, k, v) = sequence(40)  # at least 3 wraps of the widest window
     got = run(WindowKVCache(window, sinks, exact_rope()), q, k, v, split(40, cuts))
     np.testing.assert_allclose(got, written_out(*arrays, window, sinks), rtol=0, atol=1e-13)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    window=st.integers(2, 9),
+    sinks=st.integers(0, 3),
+    own=st.booleans(),
+    cuts=st.lists(st.integers(0, 39), max_size=12),
+)
+def test_virtual_keys_sinks_and_window_are_one_softmax(window, sinks, own, cuts):
+    sinks = min(sinks, window - 1)
+    arrays, (q, k, v) = sequence(40)
+    rng = np.random.default_rng(3)
+    gate = rng.normal(size=(1, H, 1))
+    if own:  # one virtual token for each token
+        keys, values = rng.normal(size=(2, B, H, 40, 1, D))
+        parts = [(40, *(mx.array(a[:, :, :, 0], dtype=mx.float64) for a in (keys, values)))]
+    else:  # three, shared by all tokens from one fold to the next
+        folds = [5, 16, 16, 3]
+        few = rng.normal(size=(2, len(folds), B, H, 3, D))
+        keys, values = (
+            np.concatenate([np.repeat(x[i][:, :, None], n, axis=2) for i, n in enumerate(folds)], 2)
+            for x in few
+        )
+        pairs = zip(folds, *few, strict=True)
+        parts = [(n, *(mx.array(a, dtype=mx.float64) for a in pair)) for n, *pair in pairs]
+    ok = mx.ones((B, 1, 1, 1), mx.bool_)
+    virtual = Virtual(parts, mx.array(gate[0, :, :, None], dtype=mx.float64), ok, own)
+    got = run(WindowKVCache(window, sinks, exact_rope()), q, k, v, split(40, cuts), virtual)
+    want = written_out(*arrays, window, sinks, keys, values, gate)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("sinks", [0, 2])
