@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -150,3 +151,54 @@ def test_ctrl_c_saves_and_the_talk_goes_on_from_there(folder):
     session = moshi_ttt_mlx.Session.load(folder / "t.session", moshi_ttt_mlx.load("demo"))
     assert "".join(said).split() == [word.text for word in session.transcript.words]
     assert session.transcript.to_json() == (folder / "t.json").read_text()
+
+
+AT_OTHER_RATES = """
+import sys, time
+import numpy as np
+from moshi_ttt_mlx.devices import Loudspeaker, Microphone, find_device
+
+heard, played = [], 0
+
+def tone(count):
+    global played
+    played += count
+    sine = 0.5 * np.sin(2 * np.pi * 440 * np.arange(played - count, played) / 24000)
+    return sine.astype(np.float32)
+
+microphone = Microphone(find_device("input"), rate=48000)
+loudspeaker = Loudspeaker(find_device("output"), rate=44100)
+microphone.start(heard.append)
+loudspeaker.start(tone)
+print("listening", file=sys.stderr, flush=True)
+time.sleep(4)
+loudspeaker.stop()
+microphone.stop()
+np.save("heard.npy", np.concatenate(heard))
+"""
+
+
+def pitch(sound):
+    """The loudest frequency of its middle second, to half a hertz."""
+    middle = sound[np.flatnonzero(sound)[0] :][12_000:36_000]
+    spectrum = np.abs(np.fft.rfft(middle * np.hanning(len(middle)), 48_000))
+    return np.argmax(spectrum) / 2
+
+
+def test_devices_of_other_rates_keep_the_pitch(folder):
+    tone = 0.5 * np.sin(2 * np.pi * 600 * np.arange(72_000) / 24000)
+    soundfile.write(folder / "tone.wav", tone, 24000)
+    with VirtualSound(folder) as sound, sound.recording(folder / "played.raw"):
+        program = subprocess.Popen(
+            [*first(), sys.executable, "-c", AT_OTHER_RATES],
+            env=sound.env | {"PYTHONPATH": str(ROOT)},
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert program.stderr.readline() == "listening\n"
+        sound.play(folder / "tone.wav")
+        assert program.wait(60) == 0, program.stderr.read()
+    # A wrong rate would be off by 8 % or more; a gap in the sound widens the peak, not moves it.
+    assert pitch(np.load(folder / "heard.npy")) == pytest.approx(600, abs=2)
+    assert pitch(samples(folder / "played.raw").astype(float)) == pytest.approx(440, abs=2)
