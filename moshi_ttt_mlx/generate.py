@@ -24,6 +24,7 @@ from .layers import end_step, make_memory_cache, use_window_attention
 from .memory import Mode
 from .sampling import draw
 
+BOS = 1
 UNGENERATED = -2  # in forced tokens: let the model draw this one
 Hook = Callable[[mx.array], None]
 
@@ -184,7 +185,9 @@ class FrameGenerator:
     def reset(self) -> None:
         """Begin a new talk; equal to a fresh generator."""
         start = np.full((self.batch_size, 1 + self.cfg.audio_codebooks, self.max_delay + 2), 0)
-        start[:, 0] = self.cfg.text_out_vocab_size
+        # Helium has no row for "nothing said yet": a text begins with SentencePiece's BOS.
+        has_start = self.cfg.text_in_vocab_size > self.cfg.text_out_vocab_size
+        start[:, 0] = self.cfg.text_out_vocab_size if has_start else BOS
         start[:, 1:] = self.cfg.audio_padding_token
         self.history = mx.array(start.astype(np.int32))
         self.key = mx.random.key(self.seed)

@@ -328,6 +328,18 @@ def test_text_model_reads_a_prompt_and_goes_on():
     assert got == tokens[0, 6:].tolist()
 
 
+def test_a_text_without_a_prompt_begins_with_bos():
+    """Helium's embedding has no row beyond its vocabulary."""
+    mx.random.seed(3)
+    cfg = LmConfig.from_config_dict(config(n_q=0, dep_q=0, delays=[0]))
+    cfg.text_in_vocab_size = cfg.text_out_vocab_size
+    model = Lm(cfg)
+    free, prompted = (FrameGenerator(model, **greedy()) for _ in range(2))
+    prompted.prefill_text(mx.array([[1]]))
+    got, want = ([int(g.step().read()[0][0]) for _ in range(5)] for g in (free, prompted))
+    assert got == want
+
+
 def test_memory_does_not_grow():
     generator = FrameGenerator(build(), **greedy(), window=12)
     user = codes(30)

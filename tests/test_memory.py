@@ -176,6 +176,20 @@ def test_traced_steps_equal_plain_ones(kind):
         )
 
 
+@pytest.mark.parametrize("kind", ["query", "slots"])
+def test_virtual_tokens_are_at_distance_0(kind):
+    """Only distances count: the same talk 1,000 positions later reads the same."""
+    model, _ = with_memory(kind)
+    xs = inputs(20)
+    want, _ = run(model, xs, [1] * 8 + [12])
+    caches = make_memory_cache(model.transformer)
+    for cache in caches:
+        cache.self_attn.offset = 1000
+    steps = [model.transformer(xs[:, i : i + 1], cache=caches) for i in range(8)]
+    got = mx.concatenate([*steps, model.transformer(xs[:, 8:], cache=caches)], axis=1)
+    np.testing.assert_allclose(np.array(got), want, rtol=0, atol=1e-3)  # float32 angles near 1000
+
+
 @kinds
 def test_no_token_hears_the_future(kind):
     model, _ = with_memory(kind)
