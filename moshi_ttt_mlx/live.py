@@ -323,6 +323,8 @@ class Talk:
 
     Attributes:
         events: `Said`, `Warned`, `Ready`, and `Ended` as the last one.
+        session: None until it is loaded.
+        started, ended: whether the devices were opened, whether the talk is over.
     """
 
     def __init__(
@@ -338,7 +340,7 @@ class Talk:
         self.events: queue.SimpleQueue = queue.SimpleQueue()
         self.heard, self.replies = HeardQueue(), ReplyQueue()
         self.session: Session | None = None
-        self.started = False
+        self.started = self.ended = False
         self._open_session, self._on_frame, self._clock = open_session, on_frame, clock
         self._microphone, self._loudspeaker = microphone, loudspeaker
         self._frames_left = float("inf") if max_seconds is None else max_seconds * 1000 / FRAME_MS
@@ -401,11 +403,11 @@ class Talk:
     def _run(self) -> None:
         try:
             self.session = self._open_session()
-            reason = self._talk()
+            ended = Ended(self._talk())
         except Exception as error:  # whatever it is, the screen must hear of it
-            self.events.put(Ended(error=error))
-        else:
-            self.events.put(Ended(reason))
+            ended = Ended(error=error)
+        self.ended = True
+        self.events.put(ended)
         while not self._closed:
             self._do_job(self._jobs.get())
         leave_mlx()

@@ -116,6 +116,44 @@ def test_a_signal_ends_the_talk_cleanly_and_saves_it(stage, tmp_path, number, ca
     assert signal.getsignal(number) == before
 
 
+def test_a_terminal_that_closes_sends_two_signals_and_the_talk_is_saved(stage, tmp_path):
+    def hang_up():
+        interrupt(signal.SIGTERM)()
+        stage.talk._stopping.wait(WAIT)  # the first one has been understood
+        interrupt(signal.SIGHUP)()
+
+    saved = []
+
+    def save(path):
+        interrupt(signal.SIGHUP)()
+        saved.append(path)
+
+    stage.microphone = SpeakingDevice(then=hang_up)
+    stage.session.save = save
+    assert stage.run("--session", str(tmp_path / "s")) == 0
+    assert saved == [str(tmp_path / "s")]
+
+
+@pytest.mark.parametrize("ending", ["by Ctrl-C", "by a lost device"])
+def test_ctrl_c_at_the_prompt_leaves(stage, terminal, monkeypatch, ending):
+    class Quit(BaseException):
+        pass
+
+    def quit(status):
+        raise Quit(status)
+
+    def unplug():
+        stage.microphone.active = False
+
+    terminal()
+    monkeypatch.setattr(os, "_exit", quit)
+    monkeypatch.setattr(chat, "_ask", lambda console: interrupt()() or "kept")
+    stage.microphone = SpeakingDevice(then=interrupt() if ending == "by Ctrl-C" else unplug)
+    with pytest.raises(Quit, match="130"):
+        stage.run()
+    assert stage.session.saved == []
+
+
 def test_without_a_terminal_and_without_a_name_nothing_is_kept(stage):
     stage.microphone = SpeakingDevice(then=interrupt())
     assert stage.run() == 0

@@ -84,25 +84,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _chat(args, talk, keeper, screen, console) -> int:
-    try:
-        with _stopping(talk) as asked:
+    with _stopping(talk) as asked:
+        try:
             talk.start()
             ended = _follow(args, talk, screen)
-    except OSError:
-        # The terminal, or the reader of a pipe, is gone; that is no reason to lose a talk.
-        if args.session and talk.started:
-            talk.save(args.session)
-        raise
-    finally:
-        talk.stop()
-        keeper.close()
-    if ended.error is not None:
-        raise ended.error
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    may_ask = interactive and bool(ended.reason or signal.SIGINT in asked)
-    if ended.reason:
-        screen.warn(f"{ended.reason}: the talk is over")
-    _keep(args.session, talk, screen, console if may_ask else None)
+        except OSError:
+            # The terminal, or the reader of a pipe, is gone; that is no reason to lose a talk.
+            if args.session and talk.started:
+                talk.save(args.session)
+            raise
+        finally:
+            talk.stop()
+            keeper.close()
+        if ended.error is not None:
+            raise ended.error
+        if ended.reason:
+            screen.warn(f"{ended.reason}: the talk is over")
+        interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        may_ask = interactive and bool(ended.reason or asked == {signal.SIGINT})
+        _keep(args.session, talk, screen, console if may_ask else None)
     return 1 if ended.reason else 0
 
 
@@ -110,12 +110,14 @@ def _chat(args, talk, keeper, screen, console) -> int:
 def _stopping(talk) -> Iterator[set[int]]:
     """Ctrl-C, SIGTERM and a closed terminal end the talk; yields the signals that came.
 
-    The second one, or one before there is anything to keep, is a KeyboardInterrupt.
+    A second Ctrl-C, or any of them before the talk or after it, is a KeyboardInterrupt.
     """
     asked: set[int] = set()
 
     def handle(number: int, _frame) -> None:
-        if asked or not talk.started:
+        if number != signal.SIGINT and asked - {signal.SIGINT}:
+            return  # a terminal that closes sends two, a shutdown one of each
+        if asked or talk.ended or not talk.started:
             raise KeyboardInterrupt
         asked.add(number)
         talk.stop()
