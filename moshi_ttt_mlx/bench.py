@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from moshi_mlx.models import Lm, LmConfig, LmGen
+from moshi_mlx.modules.transformer import Attention
 from moshi_mlx.utils import Sampler
 
 from .errors import UserError
@@ -78,12 +79,18 @@ def tiny_lm(
 
 
 def twin(lm: Lm) -> Lm:
-    """A second module tree on the same weight arrays, with caches of its own.
+    """A second module tree on the same weight arrays, with stock attention and caches of its own.
 
     `FrameGenerator` replaces a model's attention with its own; moshi_mlx is to keep the stock one.
     """
     shared = {id(array): array for _, array in tree_flatten(lm.parameters())}
-    return copy.deepcopy(lm, shared)
+    stock = copy.deepcopy(lm, shared)
+    for transformer in (stock.transformer, *(s.transformer for s in stock.depformer.slices)):
+        for layer in transformer.layers:
+            attention = Attention(layer.cfg)
+            attention.update_modules(layer.self_attn.children())
+            layer.self_attn = attention
+    return stock
 
 
 # -- loops ----------------------------------------------------------------------------------------
@@ -268,7 +275,8 @@ def interleave(
     return {name: np.array(seconds) for name, seconds in times.items()}
 
 
-def _milliseconds(seconds: np.ndarray, percent: float) -> float:
+def milliseconds(seconds: np.ndarray, percent: float) -> float:
+    """A percentile of frame times."""
     return 1e3 * float(np.percentile(seconds, percent))
 
 
@@ -295,7 +303,7 @@ def compare_with_moshi_mlx(lm: Lm, seconds: float = 8.0, warm_up: int = WARM_UP)
     reads = {name: host_reads(loop, codes) for name, loop in loops.items()}
     times = interleave(loops, codes, seconds, most=MOSHI_MLX_STEPS - warm_up - 10)
     result = {
-        "ratio": _milliseconds(times["ours"], 50) / _milliseconds(times["moshi_mlx"], 50),
+        "ratio": milliseconds(times["ours"], 50) / milliseconds(times["moshi_mlx"], 50),
         "host_reads_per_frame": reads["ours"],
         "moshi_mlx_host_reads_per_frame": reads["moshi_mlx"],
         "graph_nodes_per_frame": our_graph_nodes(ours, next(codes)),
@@ -305,7 +313,7 @@ def compare_with_moshi_mlx(lm: Lm, seconds: float = 8.0, warm_up: int = WARM_UP)
     }
     for prefix, name in (("", "ours"), ("moshi_mlx_", "moshi_mlx")):
         for percent in (50, 95):
-            result[f"{prefix}frame_ms_p{percent}"] = _milliseconds(times[name], percent)
+            result[f"{prefix}frame_ms_p{percent}"] = milliseconds(times[name], percent)
     return result
 
 
@@ -366,7 +374,7 @@ def endure(
     loops = {"early": our_loop(past), "late": loop}
     interleave(loops, codes, np.inf, most=20)
     times = interleave(loops, codes, np.inf, most=timed)
-    p50, p95 = ({n: _milliseconds(t, percent) for n, t in times.items()} for percent in (50, 95))
+    p50, p95 = ({n: milliseconds(t, percent) for n, t in times.items()} for percent in (50, 95))
     return {
         "flat_ratio": p50["late"] / p50["early"],
         "flat_ratio_p95": p95["late"] / p95["early"],
@@ -375,7 +383,7 @@ def endure(
         "late_frame": late,
         "early_frame_ms_p50": p50["early"],
         "late_frame_ms_p50": p50["late"],
-        "early_frame_ms_p50_on_the_way": _milliseconds(on_the_way, 50),
+        "early_frame_ms_p50_on_the_way": milliseconds(on_the_way, 50),
     }
 
 

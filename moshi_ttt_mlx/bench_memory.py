@@ -3,7 +3,7 @@
 `bench.py` measures the frame loop itself; nothing here prints either.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 import mlx.core as mx
@@ -15,8 +15,8 @@ from .bench import (
     MOSHI_MLX_STEPS,
     SEED,
     WARM_UP,
-    _milliseconds,
     interleave,
+    milliseconds,
     moshi_mlx_generator,
     moshi_mlx_loop,
     our_loop,
@@ -63,13 +63,14 @@ def compare_with_memory(lm: Lm, seconds: float = 5.0, warm_up: int = WARM_UP) ->
         for frame in islice(codes, warm_up):
             loop(frame)
     times = interleave(loops, codes, seconds, most=MOSHI_MLX_STEPS - warm_up - 10)
-    p50 = {name: _milliseconds(of_frames, 50) for name, of_frames in times.items()}
+    p50 = {name: milliseconds(of_frames, 50) for name, of_frames in times.items()}
     return {
         "memory_ratio": p50["on"] / p50["moshi_mlx"],
         "memory_on_off_ratio": p50["on"] / p50["off"],
         "memory_frame_ms_p50": p50["on"],
-        "memory_frame_ms_p95": _milliseconds(times["on"], 95),
+        "memory_frame_ms_p95": milliseconds(times["on"], 95),
         "memory_report": ours["on"].memory_report(),
+        "memory_costs": [asdict(row) for row in cost_table(lm.cfg)],
     }
 
 

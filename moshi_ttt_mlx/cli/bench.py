@@ -16,11 +16,12 @@ from .common import add_model_arguments, load_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="nothing but the JSON on stdout")
     parser.add_argument("--long", action="store_true", help="to frame 100,000 instead of 10,000")
-    add_model_arguments(parser)
+    # A memory of its own is put into the model: see the memory section.
+    add_model_arguments(parser, default="a tiny seeded one", adapter=False)
 
 
 def run(args: argparse.Namespace) -> int:
-    from .. import bench, lanes
+    from .. import bench, bench_memory, lanes
 
     console = Console(stderr=True)
     compared, enduring = _models(args, console)
@@ -28,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
         result = bench.compare_with_moshi_mlx(compared)
         late = 100_000 if args.long else 10_000
         result |= bench.endure(enduring, late=late, progress=status.update)
+        status.update("frame time with a memory in half the layers")
+        result |= bench_memory.compare_with_memory(compared)
     result["machine"] = lanes.describe()
     if not args.json:
         for table in _tables(result):
@@ -60,4 +63,19 @@ def _tables(result: dict) -> list[Table]:
     grown = f"{result['growth_bytes'] / 2**20:.1f} MiB"
     along.add_row(f"{result['late_frame']:,}", f"{result['late_frame_ms_p50']:.2f}", grown)
     along.add_row("ratio", f"{result['flat_ratio']:.2f}", style="bold")
-    return [beside, along]
+    return [beside, along, *_memory_tables(result)]
+
+
+def _memory_tables(result: dict) -> list[Table]:
+    times = Table("", "p50 ms", title="One frame with a memory in half the layers")
+    times.add_row("memory on", f"{result['memory_frame_ms_p50']:.2f}")
+    times.add_row("/ moshi_mlx without", f"{result['memory_ratio']:.2f}", style="bold")
+    times.add_row("/ memory off", f"{result['memory_on_off_ratio']:.2f}")
+    titles = ("keys and values", "with memory", "memory's state", "adapter", "of the model")
+    costs = Table("", *titles, title="Bytes of one talk (computed from shapes)")
+    for row in result["memory_costs"]:
+        sizes = [row["kv_bytes"], row["kv_bytes_with_memory"], row["state_bytes"]]
+        adapter = f"{row['adapter_parameters'] / 1e6:.1f} M"
+        share = f"{100 * row['adapter_share']:.2f} %"
+        costs.add_row(row["name"], *(f"{n / 1e6:,.1f} MB" for n in sizes), adapter, share)
+    return [times, costs]

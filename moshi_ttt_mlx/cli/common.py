@@ -11,14 +11,21 @@ MEMORY_BROKE = "the memory is no longer finite: it is shut, the talk goes on wit
 DEMO_NOTE = "the demo model is tiny and untrained: its words mean nothing"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that choose a model; moshi_mlx's names and spellings all work."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, default: str = "moshiko in 4 bits", adapter: bool = True
+) -> None:
+    """Flags that choose a model; moshi_mlx's names and spellings all work.
+
+    Args:
+        default: what the verb takes when no model is named, for the help text.
+        adapter: whether the verb takes a memory for the model.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "--hf-repo",
         "--model",
         metavar="REPO|DIR|demo",
-        help="hub repository, local folder, or the bundled demo (default: moshiko in 4 bits)",
+        help=f"hub repository, local folder, or the bundled demo (default: {default})",
     )
     group.add_argument("--moshi-weight", "--moshi-weights", metavar="FILE", help="model weights")
     group.add_argument("--mimi-weight", "--mimi-weights", metavar="FILE", help="codec weights")
@@ -28,9 +35,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "-q", "--quantized", type=int, choices=[4, 8], help="bits: ready made file, or on load"
     )
     group.add_argument("--codec", choices=["auto", "rustymimi", "mlx"], default="auto")
-    group.add_argument(
-        "--adapter-path", metavar="DIR|REPO", help="a memory for the model (memory.safetensors)"
-    )
+    parser.set_defaults(adapter_path=None)
+    if adapter:
+        group.add_argument(
+            "--adapter-path", metavar="DIR|REPO", help="a memory for the model (memory.safetensors)"
+        )
 
 
 def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
