@@ -73,7 +73,8 @@ class MemoryAttention(WindowAttention):
         self, xs: mx.array, cache: WindowKVCache, mask: mx.array | None = None
     ) -> mx.array:
         state = getattr(cache, "memory", None)
-        if state is None:
+        # "stream" memories join behind attention: legacy.StreamLayer.
+        if state is None or self.memory.config.placement == "stream":
             return super().__call__(xs, cache)
         if self.memory.config.placement == "cache":
             return self._attend(xs, cache, self.memory.virtual(xs, state))

@@ -14,7 +14,7 @@ rounds away (74 to 99 % of the entries never move).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import mlx.core as mx
 from mlx import nn
@@ -68,6 +68,8 @@ class MemoryConfig:
     rope: bool = False
     target: Literal["plain", "standardized"] = "standardized"
 
+    PLACEMENTS: ClassVar[tuple[str, ...]] = ("cache", "after", "replace")
+
     def __post_init__(self):
         if not isinstance(self.layers, str):
             object.__setattr__(self, "layers", tuple(self.layers))
@@ -75,7 +77,7 @@ class MemoryConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"memory config: {name} must be at least 1")
         known = {
-            "placement": ("cache", "after", "replace"),
+            "placement": self.PLACEMENTS,
             "read": ("query", "slots"),
             "inner": ("mlp", "linear"),
             "forget": (None, "init", "zero"),
@@ -153,7 +155,8 @@ class MemoryCache:
 
     @property
     def state(self) -> Arrays:
-        arrays = {"tail": self.tail} | self.inner.arrays()
+        # An empty array has no place in a safetensors file (mlx 0.26).
+        arrays = ({"tail": self.tail} if self.tail.size else {}) | self.inner.arrays()
         if self.slots is not None:
             arrays |= {"slot_keys": self.slots[0], "slot_values": self.slots[1]}
         return arrays
@@ -169,7 +172,8 @@ class MemoryCache:
             UserError: the state of another memory.
         """
         arrays = dict(arrays)
-        self.tail = arrays.pop("tail")
+        if self.tail.size:
+            self.tail = arrays.pop("tail")
         if self.slots is not None:
             self.slots = arrays.pop("slot_keys"), arrays.pop("slot_values")
         self.inner = self.inner.load(arrays, meta)
@@ -427,13 +431,18 @@ class TTTMemory(nn.Module):
 
     def _rotate(self, x: mx.array, cache: MemoryCache) -> mx.array:
         """RoPE by place in the mini-batch (`ttt.md` section 4); the place may be a traced array."""
-        c, f, t = self._config.mini_batch, self._config.head_dim, x.shape[2]
+        c, t = self._config.mini_batch, x.shape[2]
         start = cache.inner.tokens if cache.place is None else cache.place
         place = (start + mx.arange(t)) % c
-        angle = place[:, None] * mx.exp(-math.log(10000.0) * mx.arange(0, f, 2) / f)
+        angle = place[:, None] * self._frequencies()
         cos, sin = mx.cos(angle), mx.sin(angle)
         a, b = x[..., 0::2], x[..., 1::2]
         return mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
+
+    def _frequencies(self) -> mx.array:
+        """RoPE's angle from one place to the next, for each pair of entries: `[f / 2]`."""
+        f = self._config.head_dim
+        return mx.exp(-math.log(10000.0) * mx.arange(0, f, 2) / f)
 
     def _learned_rate(self, xs: mx.array) -> mx.array:
         f = self._config.head_dim

@@ -19,18 +19,28 @@ def is_pytorch(shapes: Shapes) -> bool:
 
 def pytorch_shapes(model: Lm) -> Shapes:
     """Names and shapes of the file that `Lm.load_pytorch_weights` reads into this model."""
-    slices = model.cfg.depformer
-    schedule = slices.weights_per_step_schedule or list(range(slices.num_slices))
-    shapes = {}
+    schedule, shapes = step_schedule(model), {}
     for name, array in tree_flatten(model.parameters()):
-        if match := re.match(r"depformer\.slices\.(\d+)\.(.+)", name):
-            name = _slice_name(int(match[1]), schedule[int(match[1])], match[2])
+        name = step_name(name, schedule)
         name, shape = _norm_and_attention(name, tuple(array.shape))
         if re.match(r"depformer\..*\.self_attn\.", name):
             # The slices' own projections, one below the other.
             shape = ((max(schedule) + 1) * shape[0], *shape[1:])
         shapes[name] = shape
     return shapes
+
+
+def step_schedule(model: Lm) -> list[int]:
+    """For each slice of the depformer, the number of the weights that it uses."""
+    slices = model.cfg.depformer
+    return slices.weights_per_step_schedule or list(range(slices.num_slices))
+
+
+def step_name(name: str, schedule: list[int]) -> str:
+    """A depformer tensor's name by its step's weights; other names stay as they are."""
+    if match := re.match(r"depformer\.slices\.(\d+)\.(.+)", name):
+        return _slice_name(int(match[1]), schedule[int(match[1])], match[2])
+    return name
 
 
 def _norm_and_attention(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:

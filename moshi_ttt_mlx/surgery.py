@@ -17,11 +17,13 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 from moshi_mlx.models import Lm
+from moshi_mlx.modules.transformer import TransformerLayer
 
 from .config import read_json
 from .errors import UserError
 from .hub import open_source
 from .layers import MemoryAttention, WindowAttention, use_window_attention
+from .legacy import LegacyConfig, LegacyMemory, StreamLayer, share_layer
 from .memory import MemoryConfig, TTTMemory
 from .weights import check_shapes, expected_shapes, read_shapes
 
@@ -69,11 +71,14 @@ def add_memory(lm: Lm, config: MemoryConfig) -> Adapter:
         raise UserError("this model has a memory already: remove_memory first")
     transformer = lm.transformer
     use_window_attention(transformer)
-    memories = {}
+    legacy = isinstance(config, LegacyConfig)
+    kind, memories = LegacyMemory if legacy else TTTMemory, {}
     for index in config.layer_indices(len(transformer.layers)):
-        memory = TTTMemory(lm.cfg.transformer.d_model, lm.cfg.transformer.num_heads, config)
+        memory = kind(lm.cfg.transformer.d_model, lm.cfg.transformer.num_heads, config)
         layer = transformer.layers[index]
         layer.self_attn = MemoryAttention.with_memory(layer.self_attn, memory)
+        if legacy:
+            transformer.layers[index] = share_layer(StreamLayer, layer)
         memories[index] = memory
     return Adapter(config, memories)
 
@@ -90,9 +95,11 @@ def find_memory(lm: Lm) -> Adapter | None:
 
 def remove_memory(lm: Lm) -> None:
     """Take the memory out: the base model as it was."""
-    for layer in lm.transformer.layers:
+    for index, layer in enumerate(lm.transformer.layers):
         if isinstance(layer.self_attn, MemoryAttention):
             layer.self_attn = WindowAttention.sharing(layer.self_attn)
+        if isinstance(layer, StreamLayer):
+            lm.transformer.layers[index] = share_layer(TransformerLayer, layer)
 
 
 def save_adapter(adapter: Adapter, folder: str | Path) -> None:
@@ -121,8 +128,9 @@ def read_memory_config(path: Path) -> MemoryConfig:
     fields = read_json(path)
     if fields.pop("format", None) != FORMAT:
         raise UserError(f"{path}: expected a memory config of format {FORMAT}")
+    kind = LegacyConfig if fields.get("placement") == "stream" else MemoryConfig
     try:
-        return MemoryConfig(**fields)
+        return kind(**fields)
     except TypeError as error:
         raise UserError(f"{path}: not a memory config: {error}") from error
 
