@@ -143,6 +143,20 @@ def test_guidance_away_from_the_null_condition_changes_what_is_said():
     assert null == plain and guided != plain
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_cross_attention_is_lmgens_and_survives_a_resume(compile):
+    user = codes(20)
+    src = mx.random.normal((1, 6, 32), key=mx.random.key(4))
+    lmgen = LmGen(build(cross_attention=True), max_steps=21, **greedy())
+    want = [lmgen.step(mx.array(f), None, src)[0][:, 0].tolist() for f in user]
+    options = {**greedy(), "cross_attention_src": src, "compile": compile}
+    first = FrameGenerator(build(cross_attention=True), **options)
+    head = ours(first, user[:9])
+    second = FrameGenerator(build(cross_attention=True), **options)
+    second.load_state(*first.state())
+    assert [text for text, _ in head + ours(second, user[9:])] == want
+
+
 def test_extra_heads_are_lmgens():
     model = build(extra_heads_num_heads=2, extra_heads_dim=3)
     user = codes(5)
