@@ -171,7 +171,7 @@ def _by_step(weight: str, array: mx.array, steps: int) -> list[tuple[str, mx.arr
 
 
 def _merge(module: nn.Module, change: _Change, scaling: float, where: str) -> None:
-    weight = _dense(module).astype(mx.float32) if change.whole is None else change.whole
+    weight = _dense(module) if change.whole is None else change.whole.astype(mx.float32)
     shape = _shape(module)
     factors = change.a is None or (change.b.shape[:1] + change.a.shape[1:], change.b.shape[1:]) == (
         shape,
@@ -182,7 +182,7 @@ def _merge(module: nn.Module, change: _Change, scaling: float, where: str) -> No
         raise UserError(f"{where} has the shapes {found}, expected a weight {list(shape)}")
     if change.a is not None:
         a, b = (x.astype(mx.float32) for x in (change.a, change.b))
-        weight = weight.astype(mx.float32) + scaling * (b @ a)
+        weight = weight + scaling * (b @ a)
     _store(module, weight)
     mx.eval(module.parameters())  # one layer at a time in memory
 
@@ -197,11 +197,11 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def _dense(module: nn.Module) -> mx.array:
+    """The weight in float32."""
     if not _quantized(module):
-        return module["weight"]
-    return mx.dequantize(
-        module["weight"], module["scales"], module["biases"], module.group_size, module.bits
-    )
+        return module["weight"].astype(mx.float32)
+    scales, biases = (module[name].astype(mx.float32) for name in ("scales", "biases"))
+    return mx.dequantize(module["weight"], scales, biases, module.group_size, module.bits)
 
 
 def _store(module: nn.Module, weight: mx.array) -> None:
