@@ -29,12 +29,13 @@ import numpy as np
 
 from .audio import FRAME_SIZE, SAMPLE_RATE
 
-if (
-    TYPE_CHECKING
-):  # the command line reads this file for its flags, and MLX takes a second to import
+# The command line reads this file for its flags, and MLX takes a second to import.
+if TYPE_CHECKING:
     from .session import Session, SpokenFrame
 
 FRAME_MS = 1000 * FRAME_SIZE / SAMPLE_RATE
+
+MEMORY_BROKE = "the memory is no longer finite: it is shut, the talk goes on without it"
 
 HEARD_FRAMES = 12
 """User frames that may wait for the model: about a second of speech survives a hiccup."""
@@ -351,6 +352,7 @@ class Talk:
         self._levels = -100.0, -100.0
         self._first_frame = 0
         self._zeros, self._slow = Patience(PATIENCE_SECONDS), Patience(LAG_SECONDS)
+        self._memory_ok = True
         self._thread = threading.Thread(target=self._run, name="talk", daemon=True)
 
     # -- from other threads
@@ -473,6 +475,9 @@ class Talk:
             self.replies.put(spoken.pcm)
         if spoken.text:
             self.events.put(Said(spoken.text, spoken.time))
+        if self._memory_ok and not spoken.memory_ok:
+            self.events.put(Warned(MEMORY_BROKE))
+        self._memory_ok = spoken.memory_ok
         self._on_frame(spoken, user)
         reply_level = -100.0 if spoken.pcm is None else level(spoken.pcm)
         self._levels = level(user), reply_level

@@ -25,14 +25,26 @@ class FakeSession:
     """Says one word a frame; its reply to a frame is that frame, halved.
 
     `gate`: when given, a step waits for it. `cost`: seconds of `clock` that a step takes.
+    `breaks_at`: the frame from which its memory is no longer finite.
     """
 
-    def __init__(self, *, clock=None, cost=0.0, gate=None, speaks=True, prefix=0.0, fail_at=None):
+    def __init__(
+        self,
+        *,
+        clock=None,
+        cost=0.0,
+        gate=None,
+        speaks=True,
+        prefix=0.0,
+        fail_at=None,
+        breaks_at=np.inf,
+    ):
         transformer = SimpleNamespace(context=3000)
         lm = SimpleNamespace(cfg=SimpleNamespace(transformer=transformer))
         self.model = SimpleNamespace(speaks=speaks, silence_prefix=prefix, lm=lm)
         self.settings = SimpleNamespace(context=None)
         self.clock, self.cost, self.gate, self.fail_at = clock, cost, gate, fail_at
+        self.breaks_at = breaks_at
         self.speaker = "moshi" if speaks else "user"
         self.transcript = Transcript()
         self.frame, self.users, self.threads, self.saved = 0, [], set(), []
@@ -52,7 +64,7 @@ class FakeSession:
         self.users.append(user)
         text = self.transcript.add(index, piece, self.speaker)
         pcm = user / 2 if self.model.speaks else None
-        return SpokenFrame(index, index * 0.08, text, piece, None, pcm)
+        return SpokenFrame(index, index * 0.08, text, piece, None, pcm, index < self.breaks_at)
 
     def save(self, path):
         self.threads.add(threading.get_ident())

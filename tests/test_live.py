@@ -15,6 +15,7 @@ from moshi_ttt_mlx.errors import UserError
 from moshi_ttt_mlx.live import (
     CUSHION_SAMPLES,
     HEARD_FRAMES,
+    MEMORY_BROKE,
     REPLY_FRAMES,
     Ended,
     HeardQueue,
@@ -287,15 +288,22 @@ def test_a_machine_that_keeps_up_is_not_blamed(stage):
     assert late_stage(stage, 0.079, waiting=1).warnings == []
 
 
-def spoken_to(stage, frames, **settings):
+def spoken_to(stage, frames, breaks_at=np.inf, **settings):
     clock = Clock()
-    talk_stage = stage(FakeSession(clock=clock, cost=0.08), clock=clock, **settings)
+    session = FakeSession(clock=clock, cost=0.08, breaks_at=breaks_at)
+    talk_stage = stage(session, clock=clock, **settings)
     talk_stage.until(Ready)
     for frame in frames:
         talk_stage.microphone.speak(frame)
         talk_stage.until(Said)
     talk_stage.end()
     return talk_stage
+
+
+def test_a_memory_that_breaks_is_said_once_and_the_talk_goes_on(stage):
+    talk_stage = spoken_to(stage, [voice()] * 6, breaks_at=3)
+    assert [m for m in talk_stage.warnings if "memory is no longer finite" in m] == [MEMORY_BROKE]
+    assert talk_stage.session.frame == 6
 
 
 def test_exact_zeros_for_three_seconds_name_the_permission_once(stage):

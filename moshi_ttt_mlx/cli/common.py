@@ -7,7 +7,6 @@ from rich.console import Console
 
 from ..errors import UserError
 
-MEMORY_BROKE = "the memory is no longer finite: it is shut, the talk goes on without it"
 DEMO_NOTE = "the demo model is tiny and untrained: its words mean nothing"
 
 

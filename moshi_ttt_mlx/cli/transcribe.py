@@ -17,10 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ..audio import FRAME_SIZE, SAMPLE_RATE, FrameReader, WavWriter, iter_frames
 from ..errors import UserError
+from ..live import MEMORY_BROKE
 from ..transcript import FORMATS
 from .common import (
     DEMO_NOTE,
-    MEMORY_BROKE,
     add_model_arguments,
     add_talk_arguments,
     check_folders,
