@@ -102,6 +102,14 @@ def test_into_a_pipe_go_words_alone_and_warnings_beside(stage, capsys):
     assert err == f"warning: {chat.DEMO_NOTE}\n"
 
 
+@pytest.fixture(autouse=True)
+def _not_under_nohup():
+    """Under nohup the tests inherit a SIGHUP that is ignored, and chat rightly leaves it so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_talk_cleanly_and_saves_it(stage, tmp_path, number, capsys):
     stage.microphone = SpeakingDevice(then=interrupt(number))
