@@ -4,6 +4,7 @@ What lives here: the protocol every codec keeps, how a codec is opened, and Mimi
 dicts. The two backends are `rusty_codec.py` (Kyutai's rustymimi) and `mlx_codec.py` (Mimi on MLX).
 """
 
+import importlib.util
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,7 +14,6 @@ from moshi_mlx.models.mimi import MimiConfig, mimi_202407
 from moshi_mlx.modules import SeanetConfig, TransformerConfig
 
 from .errors import UserError
-from .rusty_codec import RustyCodec
 
 Backend = Literal["auto", "rustymimi", "mlx"]
 
@@ -72,21 +72,28 @@ def open_codec(
     Args:
         path: a `.safetensors` file in Kyutai's layout.
         num_codebooks: codebooks of `encode`; the file may hold more. Default: 8.
-        backend: `auto` takes rustymimi for Kyutai's Mimi and MLX for any other config.
+        backend: `auto` takes rustymimi for Kyutai's Mimi where it is installed (it has no wheel for
+            Python 3.14 yet), and MLX for any other config.
         config: the codec's shape. Default: Kyutai's Mimi.
 
     Raises:
-        UserError: the file is missing, broken or does not fit; the backend cannot run the config.
+        UserError: the file is missing, broken or does not fit; the backend cannot run the config, or
+            is not installed.
     """
     standard = config is None or config == mimi_202407(config.quantizer_nq)
     if backend not in ("auto", "rustymimi", "mlx"):
         raise UserError(f"codec backend: expected auto, rustymimi or mlx, got {backend}")
     if backend == "rustymimi" and not standard:
         raise UserError("codec backend: rustymimi runs Kyutai's Mimi only; use --codec mlx")
-    if backend == "mlx" or not standard:
+    installed = importlib.util.find_spec("rustymimi") is not None
+    if backend == "rustymimi" and not installed:
+        raise UserError("codec backend: rustymimi is not installed; pip install it or --codec mlx")
+    if backend == "mlx" or not standard or not installed:
         from .mlx_codec import MlxCodec
 
         return MlxCodec.open(path, num_codebooks, config)
+    from .rusty_codec import RustyCodec
+
     return RustyCodec(path, num_codebooks)
 
 

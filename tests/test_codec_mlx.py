@@ -1,5 +1,6 @@
 """Mimi on MLX: any split gives the same, it equals rustymimi, its state is all there is."""
 
+import importlib.util
 import math
 from dataclasses import replace
 
@@ -107,12 +108,24 @@ def test_the_window_ends(codec):
 
 # -- the same as rustymimi ------------------------------------------------------------------------
 
+needs_rustymimi = pytest.mark.skipif(
+    importlib.util.find_spec("rustymimi") is None, reason="rustymimi has no wheel for this Python"
+)
+
+
+def test_without_rustymimi_mlx_runs_kyutais_mimi(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert open_codec(checkpoint("kyutai")).name == "mlx"
+    with pytest.raises(UserError, match="rustymimi is not installed"):
+        open_codec(checkpoint("kyutai"), backend="rustymimi")
+
 
 @pytest.fixture(scope="module")
 def kyutai():
     return open_codec(checkpoint("kyutai"), backend="mlx")
 
 
+@needs_rustymimi
 def test_equals_rustymimi(kyutai):
     """Float32 rounding in two programs: the sound is at most 1 loud, its error at most 1e-5.
     Codes are an argmin, so a near-tie may fall to the other side: one in a hundred is allowed."""
@@ -126,6 +139,7 @@ def test_equals_rustymimi(kyutai):
     np.testing.assert_allclose(samples, rusty_samples, atol=1e-5, rtol=0)
 
 
+@needs_rustymimi
 @pytest.mark.slow
 def test_equals_rustymimi_past_the_window(kyutai):
     """Past frame 125 a window of one key more or less is off by 4e-4, forty times the tolerance."""

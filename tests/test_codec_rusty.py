@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import rustymimi
 from mimi_checkpoints import checkpoint, sound
 
 from moshi_ttt_mlx.codec import open_codec, small_mimi
 from moshi_ttt_mlx.errors import UserError
-from moshi_ttt_mlx.rusty_codec import Grid, RustyCodec, _Tokenizer
+
+rustymimi = pytest.importorskip("rustymimi", reason="rustymimi has no wheel for this Python")
+from moshi_ttt_mlx.rusty_codec import Grid, RustyCodec, _Tokenizer  # noqa: E402
 
 EPOCH, WARMUP = 8, 3  # the table of such a tokenizer ends after 11 frames
 
