@@ -186,8 +186,7 @@ def _memory_config(found: _Checkpoint, **switches: bool) -> LegacyConfig:
         mini_batch=found.setting("mini_batch_size", None, int),
         base_lr=float(found.setting("base_lr", None, (int, float))),
         window=found.optional("ttt_layer_context", int),
-        # Before the fix RoPE was computed and thrown away.
-        rope=found.setting("use_rope", False, bool) and switches["l2_norm"],
+        rope=found.setting("use_rope", False, bool),
         rope_theta=float(found.setting("rope_theta", 10000.0, (int, float))),
         sizes=sizes,
         **switches,
@@ -368,13 +367,13 @@ def _write_base(found: _Checkpoint, tensors: dict[str, mx.array], folder: Path) 
 def base_tensors(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
     """The base model's tensors of a fine-tuned file, in Kyutai's PyTorch layout."""
     out, steps = {}, {}
-    for name in sorted(tensors, key=lambda name: ".seq_modeling_block." not in name):
+    for name, array in tensors.items():
         if (plain := base_name(name)) is None:
             continue
         if step := stacked_name(plain):
-            steps.setdefault(step[0], {})[step[1]] = tensors[name]
+            steps.setdefault(step[0], {})[step[1]] = array
         else:
-            out[plain] = tensors[name]
+            out[plain] = array
     return out | {
         name: mx.concatenate([parts[i] for i in sorted(parts)]) for name, parts in steps.items()
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 from .errors import UserError
 
 MEMORY_PART = re.compile(r"^transformer\.layers\.(\d+)\.seq_modeling_block\.(.+)$")
+STEP_PART = re.compile(r"^(.+\.self_attn\.)(in|out)_projs\.(\d+)\.weight$")
 LORA_PART = re.compile(r"^(.+)\.lora_([AB])\.weight$")
 
 
@@ -31,11 +32,7 @@ def base_name(name: str) -> str | None:
     if MEMORY_PART.match(name):
         return None
     name = name.replace(".original_layer.", ".").replace(".frozen_W.", ".")
-    # Attention of one step for all is stored without a number; `stack_steps` joins the others.
     return name.replace(".self_attn.in_proj.weight", ".self_attn.in_proj_weight")
-
-
-STEP_PART = re.compile(r"^(.+\.self_attn\.)(in|out)_projs\.(\d+)\.weight$")
 
 
 def stacked_name(name: str) -> tuple[str, int] | None:

@@ -22,7 +22,7 @@ from moshi_mlx.models import Lm
 
 from .config import build_lm, lm_config, read_json
 from .errors import UserError
-from .finetuned import LORA_PART, MEMORY_PART, base_name, new_folder, stacked_name, write_config
+from .finetuned import LORA_PART, MEMORY_PART, base_name, new_folder, write_config
 from .hub import ModelFiles, Progress, find_files, resolve_file, silent
 from .pytorch_weights import step_name, step_schedule
 from .weights import load_lm_weights, read_shapes
@@ -124,7 +124,7 @@ def merge(lm: Lm, tensors: dict[str, mx.array], scaling: float, where: str) -> i
             merged += 1
     if strays := sorted(changes.keys() - used):
         raise UserError(
-            f"{where}: {len(strays)} tensors belong to no weight of this model, the first is "
+            f"{where}: {len(strays)} of its weights are not in this model, the first is "
             f"{strays[0]}: is this the base that it was trained on?"
         )
     return merged
@@ -155,11 +155,7 @@ def _changes(tensors: dict[str, mx.array], steps: int, where: str) -> Changes:
 
 
 def _by_step(weight: str, array: mx.array, steps: int) -> list[tuple[str, mx.array]]:
-    """Attention's projections by step, `X.in_projs.{step}`; older files stack the steps."""
-    if stacked := stacked_name(weight):
-        part = "in" if stacked[0].endswith("in_proj_weight") else "out"
-        owner = stacked[0].rpartition(".self_attn.")[0]
-        return [(f"{owner}.self_attn.{part}_projs.{stacked[1]}", array)]
+    """The weights that a tensor is for: older files stack attention's of all steps in one."""
     match = re.match(r"^(.+\.self_attn\.)(in|out)_proj[._]weight$", weight)
     if match is None:
         return [(weight.removesuffix(".weight"), array)]

@@ -221,7 +221,23 @@ def test_memory_off_and_removed_is_the_base_model_and_on_is_not(tmp_path):
     assert ours(FrameGenerator(model, **greedy()), user) == base
 
 
-def test_a_broken_memory_is_shut_out_and_said(tmp_path):
+@pytest.mark.parametrize("old", [TWO, Old(post_norm=True)], ids=["plain", "post_norm"])
+def test_a_broken_memory_leaves_the_base_model(tmp_path, old):
+    """post_norm and wo make something even of nothing: the gate has to shut behind them."""
+    model, _, _ = converted(tmp_path, old)
+    broken, off = (FrameGenerator(model, **greedy(), memory=m) for m in ("on", "off"))
+    memory = broken.caches[1].self_attn.memory
+    weights = {n: a * mx.nan for n, a in memory.inner.weights.items()}
+    memory.inner = replace(memory.inner, weights=weights)
+    for frame in codes(6):
+        said, want = broken.step(frame), off.step(frame)
+        assert not said.memory_ok
+        np.testing.assert_array_equal(
+            np.array(said.transformer_out), np.array(want.transformer_out)
+        )
+
+
+def test_a_memory_that_breaks_is_shut_out_and_said(tmp_path):
     model, _, _ = converted(tmp_path)
     generator = FrameGenerator(model, **greedy())
     user = codes(9)
@@ -287,19 +303,35 @@ def test_the_middle_half_of_the_layers(tmp_path):
 def test_lora_factors_in_the_file_are_said(tmp_path):
     name = "transformer.layers.1.original_layer.gating.linear_in.lora_{}.weight"
     more = {name.format("A"): mx.ones((2, WIDTH)), name.format("B"): mx.ones((9, 2))}
+    more |= {"emb.0.weight": mx.ones((33, WIDTH))}  # ft_embed: no base model yet
     write_checkpoint(tmp_path / "old", more=more)
     done = convert_ttt(tmp_path / "old", tmp_path / "memory")
     assert not done.base and any("convert lora" in note for note in done.notes)
 
 
-def consolidated(tmp_path, twice=True):
+def number_steps(tensors, steps):
+    """Attention's projections as PyTorch's modules name them today."""
+    out = {}
+    for name, array in tensors.items():
+        owner, _, part = name.rpartition(".self_attn.")
+        if owner:
+            parts = np.split(np.array(array), steps if name.startswith("depformer.") else 1)
+            which = part.partition("_")[0]
+            for i, one in enumerate(parts):
+                out[f"{owner}.self_attn.{which}_projs.{i}.weight"] = mx.array(one)
+        else:
+            out[name] = array
+    return out
+
+
+def consolidated(tmp_path, twice=True, numbered=False):
     """A tiny Moshi with everything in one file, as Moshi-TTT names it; returns the plain tensors."""
     config = moshi_config(dim=WIDTH)
     lm = build_tiny(config)
     share_depformer_weights(lm)
     plain = to_pytorch(dict(tree_flatten(lm.parameters())), lm.cfg)
-    names = {}
-    for name, array in plain.items():
+    names, tensors = {}, number_steps(plain, config["dep_q"]) if numbered else plain
+    for name, array in tensors.items():
         if name.startswith("transformer.layers.1."):
             rest = name.removeprefix("transformer.layers.1.")
             names[BLOCK.format(1) + "original_layer." + rest] = array
@@ -311,9 +343,10 @@ def consolidated(tmp_path, twice=True):
     return config, plain
 
 
+@pytest.mark.parametrize("numbered", [True, False])
 @pytest.mark.parametrize("twice", [True, False])
-def test_a_consolidated_checkpoint_brings_its_base_model(tmp_path, twice):
-    config, _ = consolidated(tmp_path, twice)
+def test_a_consolidated_checkpoint_brings_its_base_model(tmp_path, twice, numbered):
+    config, _ = consolidated(tmp_path, twice, numbered)
     beside = tiny_moshi(tmp_path / "base", dim=WIDTH, layout="pytorch")
     for name in (MIMI_NAME, TOKENIZER_NAME):
         (tmp_path / "old" / name).write_bytes((beside / name).read_bytes())

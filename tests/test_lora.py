@@ -244,6 +244,7 @@ def test_the_merged_model_talks_and_says_something_else(bits, tmp_path):
 LAYER = "transformer.layers.0.gating.linear_in"
 A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
 GOOD = {A: np.ones((2, 64), np.float32), B: np.ones((352, 2), np.float32)}
+ELSEWHERE = {name.replace(".0.", ".7."): a for name, a in GOOD.items()}
 
 
 @pytest.mark.parametrize(
@@ -253,6 +254,10 @@ GOOD = {A: np.ones((2, 64), np.float32), B: np.ones((352, 2), np.float32)}
         (GOOD | {A: np.ones((3, 64), np.float32)}, r"linear_in has the shapes .*expected a weight"),
         (GOOD | {B: np.ones((9, 2), np.float32)}, r"\[9, 2\].*expected a weight \[352, 64\]"),
         ({n.replace(".0.", ".7."): a for n, a in GOOD.items()}, r"layers\.7.*is this the base"),
+        (
+            GOOD | {n.replace(".0.", ".7."): a for n, a in GOOD.items()},
+            r"1 of its weights are not.*\.7\.",
+        ),
         ({"text_linear.weight": np.ones((64, 64), np.float32)}, "has no LoRA factors"),
         (GOOD | {"text_linear.weight": np.ones((2, 2), np.float32)}, r"\[\[2, 2\]\], expected"),
     ],
