@@ -142,7 +142,11 @@ def main() -> int:
         "it was spoken to": result["frames_heard"] > 0.5 * result["frames"],
         # The replies that are kept for the check below are 1 MiB.
         "memory is flat": memory[1] - memory[0] < 5,
-        "it is heard past the wall": result["replies_past_the_wall_played"] > 0,
+        # Less is a busy machine's doing, and then these are no figures to quote.
+        "at most 1 % of the user's frames were dropped": result["dropped"] <= 0.01 * seconds * 12.5,
+        "95 % of the replies past the wall are heard": result["replies_past_the_wall_played"]
+        >= 0.95 * result["replies_past_the_wall"]
+        > 0,
     }
     for what, holds in checks.items():
         print(f"{'yes' if holds else 'NO '}  {what}")
