@@ -36,6 +36,7 @@ from typing import Literal
 import mlx.core as mx
 from mlx import nn
 
+from moshi_ttt_mlx import ttt_kernels
 from moshi_ttt_mlx.errors import UserError
 
 Arrays = dict[str, mx.array]
@@ -446,16 +447,19 @@ class InnerLearner(nn.Module):
         """One token (`T = 1`) at an array place of its mini-batch, for use inside `mx.compile`.
 
         Counters stay as they are and nothing is folded: call `advance` on the state afterwards.
+        The two are for talking and have no gradient on a Mac, where they may be Metal kernels.
         """
         tokens = self._tokens(q, k, v, lr, decay)
-        out, rows = _piece(self.rules, self._params(), state.weights, state.rows, tokens, place)
+        known = self._params(), state.weights, state.rows
+        out, rows = ttt_kernels.step(_piece, self.rules, *known, tokens, place)
         return out, replace(state, rows=rows)
 
     def advance(self, state: TTTState) -> TTTState:
         """Count the token that `trace` added, and fold its mini-batch if that is full."""
         state = replace(state, tokens=state.tokens + 1)
-        full = state.tokens % self.rules.mini_batch == 0
-        return self._folded(self._params(), state) if full else state
+        if state.tokens % self.rules.mini_batch:
+            return state
+        return self._folded(self._params(), state, functools.partial(ttt_kernels.fold, _fold))
 
     def norms(self, state: TTTState) -> Arrays:
         """The monitor: `step` and `drift`, relative norms `[B, H, layers]`, not read by the host.
@@ -498,8 +502,8 @@ class InnerLearner(nn.Module):
         state = replace(state, rows=rows, tokens=state.tokens + size)
         return out, self._folded(params, state) if start + size == self.rules.mini_batch else state
 
-    def _folded(self, params: Arrays, state: TTTState) -> TTTState:
-        weights, step = _fold(self.rules, params, state.weights, state.rows)
+    def _folded(self, params: Arrays, state: TTTState, fold: Callable = _fold) -> TTTState:
+        weights, step = fold(self.rules, params, state.weights, state.rows)
         rows = {name: mx.zeros_like(a) for name, a in state.rows.items()}
         return replace(state, weights=weights, rows=rows, step=step, updates=state.updates + 1)
 
