@@ -177,6 +177,25 @@ def test_with_its_gate_shut_the_layer_is_the_base_layer(tmp_path):
     np.testing.assert_array_equal(np.array(model.transformer(xs, cache=running)), np.array(want))
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_cross_attention_comes_before_the_memory(tmp_path, compile):
+    write_checkpoint(tmp_path / "old", TWO)
+    model = build(cross_attention=True)
+    adapter = load_adapter(model, str(convert(tmp_path)))
+    memory, layer = adapter.memories[1], model.transformer.layers[1]
+    xs, src = (mx.array(stream(n).astype(np.float32)) for n in (1, 5))
+    heard, output = [], memory.output
+    object.__setattr__(memory, "output", lambda x, cache: heard.append(x) or output(x, cache))
+    layer(xs, make_memory_cache(model.transformer)[1], src)
+    cache = make_window_cache(model.transformer)[1]
+    x1 = xs + layer.self_attn(layer.norm1(xs), cache=cache.self_attn)
+    x1 = layer._cross_attention_block(x1, cache, src)
+    np.testing.assert_array_equal(np.array(heard[0]), np.array(x1))
+    talk = FrameGenerator(model, **greedy(), cross_attention_src=src, compile=compile)
+    assert all(talk.step(frame).memory_ok for frame in codes(C + 2))
+    assert talk.caches[1].self_attn.memory.inner.updates == 1
+
+
 # -- in a talk -------------------------------------------------------------------------------------
 
 
