@@ -586,16 +586,18 @@ def metal_step(
     arrays |= {name: params[name] for name in ("gamma", "beta", "token_idx")}
     arrays["place"] = mx.array(place, dtype=mx.int32).reshape(1)
     arrays["settings"] = _settings(rules)
-    made = (_mlp_step if "W2" in weights else _linear_step)(rules, arrays)
+    # mlx 0.26 knows a kernel by its template alone, so what may vary has to be there.
+    types = {f"T_{name}": a.dtype for name, a in tokens.items()}
+    made = (_mlp_step if "W2" in weights else _linear_step)(rules, arrays, types)
     renamed = {("lrs" if name == "lr" else name): name for name in rows}
     return made["out"], {name: made[f"{its}_out"] for its, name in renamed.items()}
 
 
-def _mlp_step(rules: "Rules", arrays: "Arrays") -> "Arrays":
+def _mlp_step(rules: "Rules", arrays: "Arrays", types: dict[str, mx.Dtype]) -> "Arrays":
     batch, heads, hidden, d = arrays["W2"].shape
     c, n, size = rules.mini_batch, batch * heads, 64 if hidden % 64 == 0 else 32
     count = hidden // size
-    shape = {"D": d, "C": c, "S": count}
+    shape = types | {"D": d, "C": c, "S": count}
     shapes = {name: arrays[name].shape for name in ("q", "x1", "g1", "x2", "g2", "lrs")}
     arrays |= _run(
         "ttt_mlp_keys",
@@ -628,7 +630,7 @@ def _mlp_step(rules: "Rules", arrays: "Arrays") -> "Arrays":
     )
 
 
-def _linear_step(rules: "Rules", arrays: "Arrays") -> "Arrays":
+def _linear_step(rules: "Rules", arrays: "Arrays", types: dict[str, mx.Dtype]) -> "Arrays":
     batch, heads, _, d = arrays["W1"].shape
     return _run(
         "ttt_linear_step",
@@ -636,6 +638,7 @@ def _linear_step(rules: "Rules", arrays: "Arrays") -> "Arrays":
         [arrays[name].shape for name in ("q", "x1", "g1", "lrs")],
         (batch * heads, 1, 1),
         _THREADS,
+        **types,
         D=d,
         C=rules.mini_batch,
         H=heads,
@@ -734,7 +737,7 @@ def _agrees(kernel: Callable, twin: Callable, rules: "Rules", heads: int, widths
     args = _sample(rules, heads, widths)[: 5 if kernel is metal_step else 3]
     try:
         found, wanted = (_flat(f(rules, *args)) for f in (kernel, twin))
-        # Rounding is 1e-6 of these magnitudes, a kernel that went wrong is off by as much as they.
+        # Rounding is 1e-6 of these magnitudes; a kernel that went wrong is off by as much as they.
         close = [
             mx.max(mx.abs(a - b)) <= 1e-3 * (1 + mx.max(mx.abs(b)))
             for a, b in zip(found, wanted, strict=True)
