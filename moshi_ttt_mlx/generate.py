@@ -366,6 +366,17 @@ class FrameGenerator:
                 cache.cross_attn = own["cross_k"], own["cross_v"]
             cache.self_attn.load_state(own, _under(f"layers.{i}.", meta))
 
+    def warm_up(self) -> None:
+        """Trace and build a frame's kernels now; the talk stays where it is, bit for bit.
+
+        Only for models that hear: a frame of silence is stepped and taken back.
+        """
+        state = self.state()
+        silence = np.full((self.batch_size, self.cfg.other_codebooks), -1)
+        for _ in range(self.sinks + 3):  # the first ones are not traced: see `begin_step`
+            mx.eval(self.step(silence).tokens)
+        self.load_state(*state)
+
     # -- beside the frame ---------------------------------------------------------------------
 
     def prefill_text(self, tokens: mx.array) -> None:

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -51,9 +51,6 @@ REPLY_FRAMES = HEARD_FRAMES + CALM_FRAMES
 
 SILENT_LEVEL = -50.0
 """A reply frame below this (dBFS) is silent: a codec's silence is not made of zeros."""
-
-WARM_UP_FRAMES = 5
-"""Frames on a scratch session: kernels are built, weights are in memory."""
 
 PATIENCE_SECONDS = 3.0
 """Exact zeros from the microphone, or nothing at all, for this long is no pause in speech."""
@@ -290,14 +287,6 @@ def too_slow_message(frame_ms: float, context: int) -> str:
 
 
 # -- the talk -------------------------------------------------------------------------------------
-
-
-def warm_up(session: "Session") -> None:
-    """Step through silence on a scratch session, so that building kernels does not cost a reply."""
-    scratch = type(session)(session.model, **asdict(session.settings))
-    silence = np.zeros(FRAME_SIZE, np.float32)
-    for _ in range(WARM_UP_FRAMES):
-        scratch.step(silence)
 
 
 def leave_mlx() -> None:

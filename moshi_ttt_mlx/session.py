@@ -133,6 +133,10 @@ class Session:
         self.codec.reset()
         self.transcript = self._new_transcript()
 
+    def warm_up(self) -> None:
+        """Do now what the first frames would wait for; the talk stays where it is, bit for bit."""
+        self.generator.warm_up()
+
     @property
     def frame(self) -> int:
         """Frames so far."""

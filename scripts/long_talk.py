@@ -26,7 +26,7 @@ from virtual_sound import VirtualSound, find_in_order, missing, samples
 
 import moshi_ttt_mlx
 from moshi_ttt_mlx.devices import Loudspeaker, Microphone, find_device
-from moshi_ttt_mlx.live import SILENT_LEVEL, Ended, Talk, Warned, level, warm_up
+from moshi_ttt_mlx.live import SILENT_LEVEL, Ended, Talk, Warned, level
 
 CLIP = Path(moshi_ttt_mlx.__file__).parent / "assets" / "demo_clip.flac"
 WALL = 4096
@@ -43,7 +43,7 @@ def peak_mib() -> float:
 
 def open_session() -> moshi_ttt_mlx.Session:
     session = moshi_ttt_mlx.Session(moshi_ttt_mlx.load("demo"))
-    warm_up(session)
+    session.warm_up()
     return session
 
 

@@ -66,6 +66,9 @@ class FakeSession:
         pcm = user / 2 if self.model.speaks else None
         return SpokenFrame(index, index * 0.08, text, piece, None, pcm, index < self.breaks_at)
 
+    def warm_up(self):
+        assert self.frame == 0
+
     def save(self, path):
         self.threads.add(threading.get_ident())
         self.saved.append(str(path))

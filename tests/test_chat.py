@@ -68,7 +68,6 @@ def stage(monkeypatch):
     monkeypatch.setattr(chat, "Loudspeaker", lambda device: PlayingDevice("speaker"))
     monkeypatch.setattr(chat, "load_model", lambda args, console: None)
     monkeypatch.setattr(chat, "open_session", lambda args, model, console: stage.session)
-    monkeypatch.setattr(chat, "warm_up", lambda session: None)
     return stage
 
 

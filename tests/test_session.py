@@ -105,6 +105,27 @@ def test_reset_equals_fresh(model):
     assert_same(talk(session, pcm), talk(Session(model, seed=4, context=20), pcm))
 
 
+@pytest.mark.parametrize("at", [0, 4, 25])
+def test_warming_up_does_not_disturb_the_talk(model, at):
+    pcm = sound(30)
+    session = Session(model, context=20, sinks=2)
+    got = talk(session, pcm[:at])
+    session.warm_up()
+    assert session.frame == at
+    assert_same(got + talk(session, pcm[at:]), talk(Session(model, context=20, sinks=2), pcm))
+
+
+def test_after_warming_up_nothing_is_traced(model, monkeypatch):
+    session, seen = Session(model), []
+    session.warm_up()
+    frame = session.generator._frame
+    monkeypatch.setattr(
+        session.generator, "_frame", lambda *a: seen.append(session.frame) or frame(*a)
+    )
+    talk(session, sound(8))
+    assert seen == [0]  # the first frame of a talk is never traced, and no later one was
+
+
 def test_parameters_never_change_while_talking(model):
     before = {n: np.array(a) for n, a in tree_flatten(model.lm.parameters())}
     talk(Session(model), sound(30))

@@ -19,7 +19,7 @@ from rich.console import Console
 from ..devices import Loudspeaker, Microphone, describe_devices, find_device
 from ..errors import UserError
 from ..keep import Keeper
-from ..live import Ended, Ready, Said, Status, Talk, Warned, warm_up
+from ..live import Ended, Ready, Said, Status, Talk, Warned
 from ..transcript import FORMATS
 from .common import (
     DEMO_NOTE,
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     def begin():
         session = open_session(args, load_model(args, console), console)
         with console.status("warming up"):
-            warm_up(session)
+            session.warm_up()
         keeper.begin(session)
         return session
 
