@@ -97,8 +97,8 @@ def twin(lm: Lm) -> Lm:
 
 
 def our_generator(lm: Lm) -> FrameGenerator:
-    """This package's generator with moshi_mlx's default sampling."""
-    return FrameGenerator(lm, Sampler(), Sampler(), seed=SEED)
+    """This package's generator with moshi_mlx's default sampling, a memory left aside."""
+    return FrameGenerator(lm, Sampler(), Sampler(), memory="off", seed=SEED)
 
 
 def our_loop(generator: FrameGenerator) -> Loop:

@@ -25,7 +25,7 @@ from .bench import (
 )
 from .generate import FrameGenerator
 from .memory import MemoryConfig, TTTMemory
-from .surgery import add_memory
+from .surgery import add_memory, find_memory
 
 # Of the memory that is timed; its own default sizes otherwise.
 WINDOW = 100
@@ -40,7 +40,7 @@ def compare_with_memory(lm: Lm, seconds: float = 5.0, warm_up: int = WARM_UP) ->
     """Our frame with memory in half the layers, without it, and `LmGen`'s, interleaved.
 
     Args:
-        lm: left with a memory in it.
+        lm: with the memory to time, or left with one of the bench's own in it.
         seconds: for timing, after the warm-up.
         warm_up: frames of each before.
 
@@ -48,10 +48,8 @@ def compare_with_memory(lm: Lm, seconds: float = 5.0, warm_up: int = WARM_UP) ->
         The JSON keys of this section.
     """
     stock = twin(lm)
-    adapter = add_memory(lm, half_the_layers(lm.cfg, window=min(WINDOW, _context(lm.cfg))))
-    for memory in adapter.memories.values():
-        memory.gate = mx.full(memory.gate.shape, 0.1)
-    mx.eval(adapter.parameters())
+    if find_memory(lm) is None:
+        _add_open_memory(lm)
     ours = {
         mode: FrameGenerator(lm, Sampler(), Sampler(), memory=mode, seed=SEED)
         for mode in ("on", "off")
@@ -72,6 +70,13 @@ def compare_with_memory(lm: Lm, seconds: float = 5.0, warm_up: int = WARM_UP) ->
         "memory_report": ours["on"].memory_report(),
         "memory_costs": [asdict(row) for row in cost_table(lm.cfg)],
     }
+
+
+def _add_open_memory(lm: Lm) -> None:
+    adapter = add_memory(lm, half_the_layers(lm.cfg, window=min(WINDOW, _context(lm.cfg))))
+    for memory in adapter.memories.values():
+        memory.gate = mx.full(memory.gate.shape, 0.1)
+    mx.eval(adapter.parameters())
 
 
 def _context(config: LmConfig) -> int:

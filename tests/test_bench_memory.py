@@ -6,7 +6,9 @@ from moshi_mlx.models import config_v0_1
 
 from moshi_ttt_mlx.bench import tiny_lm, twin
 from moshi_ttt_mlx.bench_memory import compare_with_memory, cost_table, costs, half_the_layers
+from moshi_ttt_mlx.cli import main
 from moshi_ttt_mlx.layers import MemoryAttention, make_memory_cache
+from moshi_ttt_mlx.memory import MemoryConfig
 from moshi_ttt_mlx.surgery import add_memory
 
 
@@ -16,6 +18,20 @@ def test_a_very_short_run_has_all_keys():
     assert result["memory_ratio"] > 0 and result["memory_on_off_ratio"] > 0
     assert result["memory_report"][1]["updates"] >= 2
     assert result["memory_costs"][0]["name"] == "tiny"
+
+
+def test_a_memory_that_is_there_is_the_one_timed():
+    lm = tiny_lm(layers=2, dim=32, codebooks=2, depformer_layers=1, context=20)
+    adapter = add_memory(lm, MemoryConfig(layers=(0,), heads=2, head_dim=8, mini_batch=4))
+    adapter.memories[0].gate = mx.full((4, 1, 1), 0.5)
+    result = compare_with_memory(lm, seconds=0.0, warm_up=30)
+    assert list(result["memory_report"]) == [0]
+    assert result["memory_report"][0]["gate"] == 0.5
+
+
+def test_an_adapter_without_its_model_is_refused(capsys):
+    assert main(["bench", "--adapter-path", "somewhere"]) == 2
+    assert "name the model that the adapter belongs to" in capsys.readouterr().err
 
 
 def test_moshi_mlx_is_timed_without_a_memory():

@@ -10,14 +10,15 @@ import json
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import UserError
 from .common import add_model_arguments, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="nothing but the JSON on stdout")
     parser.add_argument("--long", action="store_true", help="to frame 100,000 instead of 10,000")
-    # A memory of its own is put into the model: see the memory section.
-    add_model_arguments(parser, default="a tiny seeded one", adapter=False)
+    # Without an adapter a memory of the bench's own is put into the model.
+    add_model_arguments(parser, default="a tiny seeded one")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,6 +47,8 @@ def _models(args: argparse.Namespace, console: Console):
     if any((args.hf_repo, args.moshi_weight, args.lm_config, args.quantized)):
         lm = load_model(args, console).lm
         return lm, lm
+    if args.adapter_path:
+        raise UserError("bench --adapter-path: name the model that the adapter belongs to")
     return tiny_lm(), tiny_lm(layers=1, codebooks=2, depformer_layers=1)
 
 

@@ -11,13 +11,12 @@ DEMO_NOTE = "the demo model is tiny and untrained: its words mean nothing"
 
 
 def add_model_arguments(
-    parser: argparse.ArgumentParser, default: str = "moshiko in 4 bits", adapter: bool = True
+    parser: argparse.ArgumentParser, default: str = "moshiko in 4 bits"
 ) -> None:
     """Flags that choose a model; moshi_mlx's names and spellings all work.
 
     Args:
         default: what the verb takes when no model is named, for the help text.
-        adapter: whether the verb takes a memory for the model.
     """
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -34,11 +33,9 @@ def add_model_arguments(
         "-q", "--quantized", type=int, choices=[4, 8], help="bits: ready made file, or on load"
     )
     group.add_argument("--codec", choices=["auto", "rustymimi", "mlx"], default="auto")
-    parser.set_defaults(adapter_path=None)
-    if adapter:
-        group.add_argument(
-            "--adapter-path", metavar="DIR|REPO", help="a memory for the model (memory.safetensors)"
-        )
+    group.add_argument(
+        "--adapter-path", metavar="DIR|REPO", help="a memory for the model (memory.safetensors)"
+    )
 
 
 def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
