@@ -280,7 +280,7 @@ def milliseconds(seconds: np.ndarray, percent: float) -> float:
     return 1e3 * float(np.percentile(seconds, percent))
 
 
-def compare_with_moshi_mlx(lm: Lm, seconds: float = 8.0, warm_up: int = WARM_UP) -> dict:
+def compare_with_moshi_mlx(lm: Lm, seconds: float = 6.0, warm_up: int = WARM_UP) -> dict:
     """Our frame against `LmGen`'s on the same weights, interleaved.
 
     Args:

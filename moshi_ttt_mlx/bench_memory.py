@@ -36,7 +36,7 @@ def half_the_layers(lm_config: LmConfig, **fields) -> MemoryConfig:
     return MemoryConfig(layers=f"top:{max(1, lm_config.transformer.num_layers // 2)}", **fields)
 
 
-def compare_with_memory(lm: Lm, seconds: float = 5.0, warm_up: int = WARM_UP) -> dict:
+def compare_with_memory(lm: Lm, seconds: float = 4.0, warm_up: int = WARM_UP) -> dict:
     """Our frame with memory in half the layers, without it, and `LmGen`'s, interleaved.
 
     Args:
