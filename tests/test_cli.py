@@ -214,6 +214,26 @@ def test_the_reply_of_two_halves_is_the_reply_of_the_whole(run, tmp_path):
     np.testing.assert_array_equal(np.concatenate(replies), read(tmp_path / "whole-out.wav")[0])
 
 
+@pytest.mark.parametrize(
+    "flags, ignored",
+    [
+        ([], None),
+        (["--seed", "7"], None),  # what it was begun with
+        (["--memory", "off", "--temp", "0.5"], "--temp, --memory not used"),
+        (["--condition", "description=x"], "--condition not used"),
+    ],
+)
+def test_a_resumed_talk_says_which_flags_it_does_not_use(
+    flags, ignored, models, wav, tmp_path, capfd
+):
+    first = ["transcribe", str(wav), "--hf-repo", models["moshi"], "--session", str(tmp_path / "s")]
+    assert main([*first, "--seed", "7"]) == 0
+    assert "not used" not in capfd.readouterr().err
+    assert main([*first, *flags]) == 0
+    error = " ".join(capfd.readouterr().err.split())
+    assert (ignored in error) if ignored else ("not used" not in error)
+
+
 def test_a_resumed_talk_in_stereo_stays_in_step(run, tmp_path):
     samples, talk = voice(12), tmp_path / "talk.session"
     run(write(tmp_path / "whole.wav", samples), tmp_path / "whole-out.wav")

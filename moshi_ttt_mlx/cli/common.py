@@ -121,9 +121,23 @@ def open_session(args: argparse.Namespace, model, console: Console):
         with console.status(f"resuming {args.session}"):
             session = Session.load(args.session, model)
         seconds = session.frame * 0.08
-        console.print(f"resumed at {seconds / 60:.0f}:{seconds % 60:04.1f}", style="dim")
+        console.print(f"resumed at {seconds // 60:.0f}:{seconds % 60:04.1f}", style="dim")
+        if ignored := _ignored(talk_settings(args), session.settings):
+            console.print(
+                f"a resumed talk keeps its settings: {', '.join(ignored)} not used", style="yellow"
+            )
         return session
     return Session(model, **talk_settings(args))
+
+
+def _ignored(asked: dict, kept) -> list[str]:
+    """Flags that ask for something else than a resumed talk was begun with."""
+    usual = type(kept)()
+    return [
+        "--condition" if name == "conditions" else f"--{name.replace('_', '-')}"
+        for name, value in asked.items()
+        if value not in (getattr(usual, name), getattr(kept, name))
+    ]
 
 
 def check_folders(*paths: str | None) -> None:
