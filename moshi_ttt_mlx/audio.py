@@ -38,6 +38,10 @@ SAMPLE_RATE = 24_000
 FRAME_SIZE = 1_920
 """Samples in one frame: 80 ms at 24 kHz."""
 
+FRAMES_PER_SECOND = SAMPLE_RATE / FRAME_SIZE
+
+FRAME_SECONDS = FRAME_SIZE / SAMPLE_RATE
+
 FORMATS = "wav, flac, mp3 or ogg (vorbis or opus)"
 
 _log = logging.getLogger(__name__)

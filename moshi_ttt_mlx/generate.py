@@ -23,6 +23,7 @@ from .kv_cache import HybridKVCache, StepAt, TracedStep
 from .layers import end_step, make_memory_cache, use_window_attention
 from .memory import Mode
 from .sampling import draw
+from .trees import under
 
 BOS = 1
 UNGENERATED = -2  # in forced tokens: let the model draw this one
@@ -361,10 +362,10 @@ class FrameGenerator:
         self.reset()
         self.history, self.key, self.frame = arrays["history"], arrays["key"], int(meta["frame"])
         for i, cache in enumerate(self.caches):
-            own = _under(f"layers.{i}.", arrays)
+            own = under(f"layers.{i}.", arrays)
             if "cross_k" in own:
                 cache.cross_attn = own["cross_k"], own["cross_v"]
-            cache.self_attn.load_state(own, _under(f"layers.{i}.", meta))
+            cache.self_attn.load_state(own, under(f"layers.{i}.", meta))
 
     def warm_up(self) -> None:
         """Trace and build a frame's kernels now; the talk stays where it is, bit for bit.
@@ -407,10 +408,6 @@ class FrameGenerator:
         """Probabilities of the model's extra heads for a frame, `[B, 1, extra_heads_dim]` each."""
         heads = self.model.extra_heads
         return [mx.softmax(head(frame.transformer_out), axis=-1) for head in heads]
-
-
-def _under(prefix: str, tree: dict) -> dict:
-    return {name.removeprefix(prefix): x for name, x in tree.items() if name.startswith(prefix)}
 
 
 def _force(drawn: mx.array, forced: mx.array | None) -> mx.array:

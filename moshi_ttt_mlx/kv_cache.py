@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 from mlx import nn
 
+from .trees import under
 from .ttt import wide
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _BLOCK = 256
 # RoPE angles are float32: past this position an angle is off by more than 0.004 rad, so stored keys
 # are turned back to small positions. Only differences of positions matter.
 MAX_POSITION = 1 << 16
+_MEMORY = "memory."  # in front of the names of a memory's arrays
 
 
 def _split(xs: mx.array, at: int) -> tuple[mx.array, mx.array]:
@@ -410,11 +412,11 @@ class HybridKVCache(WindowKVCache):
 
     def end_step(self, arrays: dict[str, mx.array]) -> None:
         super().end_step(arrays)
-        self.memory.load_state(_of_memory(arrays), self.memory.meta_state)
+        self.memory.take(under(_MEMORY, arrays))
 
     @property
     def state(self) -> dict[str, mx.array]:
-        memory = {f"memory.{name}": array for name, array in self.memory.state.items()}
+        memory = {f"{_MEMORY}{name}": array for name, array in self.memory.state.items()}
         return super().state | memory
 
     @property
@@ -423,12 +425,7 @@ class HybridKVCache(WindowKVCache):
 
     def load_state(self, arrays: dict[str, mx.array], meta: dict[str, int]) -> None:
         super().load_state(arrays, meta)
-        self.memory.load_state(_of_memory(arrays), meta)
-
-
-def _of_memory(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-    prefix = "memory."
-    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+        self.memory.load_state(under(_MEMORY, arrays), meta)
 
 
 class StepAt(NamedTuple):
@@ -455,8 +452,8 @@ class TracedStep:
 
     def __init__(self, cache: WindowKVCache, arrays: dict[str, mx.array], at: StepAt):
         self.rope, self.sinks, self.at = cache.rope, cache.sinks, at
-        self._own = {n: a for n, a in arrays.items() if not n.startswith("memory.")}
-        memory = _of_memory(arrays)
+        self._own = {n: a for n, a in arrays.items() if not n.startswith(_MEMORY)}
+        memory = under(_MEMORY, arrays)
         self.memory = cache.memory.traced(memory, at.place) if memory else None
 
     @property
@@ -467,7 +464,7 @@ class TracedStep:
     def state(self) -> dict[str, mx.array]:
         """As `WindowKVCache.state`."""
         memory = self.memory.state if self.memory is not None else {}
-        return self._own | {f"memory.{name}": array for name, array in memory.items()}
+        return self._own | {f"{_MEMORY}{name}": array for name, array in memory.items()}
 
     def attend(self, q, k, v, scale: float, virtual=None) -> mx.array:
         """As `WindowKVCache.attend` for `T = 1`."""

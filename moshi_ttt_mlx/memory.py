@@ -25,6 +25,8 @@ from .ttt import TTTMLP, Arrays, Rules, TTTLinear, TTTState, wide
 Placement = Literal["cache", "after", "replace"]
 Mode = Literal["on", "off", "frozen"]
 MODES = get_args(Mode)
+# Arrays of a `MemoryCache` that are not its inner learner's.
+_OUTER = ("tail", "slot_keys", "slot_values")
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class MemoryCache:
     def traced(self, arrays: Arrays, place: mx.array) -> "MemoryCache":
         """The same memory on other arrays, for one traced step."""
         twin = replace(self, place=place)
-        twin.load_state(arrays, self.meta_state)
+        twin.take(arrays)
         return twin
 
     @property
@@ -171,12 +173,17 @@ class MemoryCache:
         Raises:
             UserError: the state of another memory.
         """
-        arrays = dict(arrays)
+        own = {name: a for name, a in arrays.items() if name not in _OUTER}
+        self.inner = self.inner.load(own, meta)
+        self.take(arrays)
+
+    def take(self, arrays: Arrays) -> None:
+        """Go on with other arrays, named as in `state`; unchecked, for every frame."""
         if self.tail.size:
-            self.tail = arrays.pop("tail")
+            self.tail = arrays["tail"]
         if self.slots is not None:
-            self.slots = arrays.pop("slot_keys"), arrays.pop("slot_values")
-        self.inner = self.inner.load(arrays, meta)
+            self.slots = arrays["slot_keys"], arrays["slot_values"]
+        self.inner = self.inner.with_arrays(arrays)
 
 
 class Virtual:

@@ -13,6 +13,7 @@ from moshi_mlx.models import Lm, LmConfig, MimiConfig
 from moshi_mlx.modules.conditioner import LutConditioner
 from moshi_mlx.utils import Sampler
 
+from .audio import FRAME_SECONDS
 from .codec import Backend, Codec, mimi_config_from_dict, open_codec
 from .config import build_lm, lm_config
 from .errors import UserError
@@ -21,7 +22,6 @@ from .mimi_weights import fingerprint
 from .surgery import Adapter, adapter_files, load_adapter
 from .weights import load_lm_weights
 
-FRAME_SECONDS = 0.08
 MIMI_BINS = 2048  # codes of Kyutai's Mimi
 NOT_PRINTED = (0, 3)  # end of padding, padding
 

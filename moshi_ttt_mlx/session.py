@@ -18,12 +18,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import safetensors
 
+from .audio import FRAME_SECONDS
 from .errors import UserError
 from .generate import Frame, FrameGenerator
 from .memory import MODES, Mode
-from .model import FRAME_SECONDS, Model
+from .model import Model
 from .transcript import Transcript
+from .trees import under
 
 FORMAT = "moshi-ttt-mlx session"
 VERSION = 1
@@ -231,14 +234,10 @@ class Session:
                 f"the session was held with the {name} codec, this is {self.codec.name}: "
                 f"load the model with --codec {name}"
             )
-        self.generator.load_state(_under("generator.", tree), json.loads(meta["counters"]))
-        sound = {n: np.array(a) for n, a in _under("codec.", tree).items()}
+        self.generator.load_state(under("generator.", tree), json.loads(meta["counters"]))
+        sound = {n: np.array(a) for n, a in under("codec.", tree).items()}
         self.codec.load_state(sound, codec_meta)
         self.transcript = Transcript.from_state(json.loads(meta["transcript"]))
-
-
-def _under(prefix: str, tree: dict[str, mx.array]) -> dict[str, mx.array]:
-    return {n.removeprefix(prefix): a for n, a in tree.items() if n.startswith(prefix)}
 
 
 def _write_atomically(path: Path, tree: dict[str, mx.array], meta: dict[str, str]) -> None:
@@ -270,10 +269,13 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"no session file {path}")
     try:
+        # MLX does not notice that the end of a file is missing.
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
         # MLX goes by the ending, which a user may choose freely.
         with path.open("rb") as file:
             return mx.load(file, format="safetensors", return_metadata=True)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (safetensors.SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{path}: not a whole session file ({error})") from error
 
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from moshi_ttt_mlx.audio import FRAME_SIZE, SAMPLE_RATE
+from moshi_ttt_mlx.audio import FRAME_SECONDS, FRAMES_PER_SECOND, SAMPLE_RATE
 from moshi_ttt_mlx.errors import UserError
 
 FORMATS = ("txt", "json", "srt", "vtt")
@@ -36,8 +36,6 @@ _CUE_LINES = 2
 _PAUSE_SECONDS = 1.0
 # The last word of a cue lasts one frame on paper: too short to read.
 _LEAST_CUE_SECONDS = 1.0
-_FRAMES_PER_SECOND = SAMPLE_RATE / FRAME_SIZE
-_FRAME_SECONDS = FRAME_SIZE / SAMPLE_RATE
 _STATE_VERSION = 1
 _JSON_VERSION = 1
 
@@ -139,8 +137,8 @@ class Transcript:
 
     def _timed(self, stretch: _Stretch) -> Word:
         delay = self._delays.get(stretch.speaker, 0.0)
-        start = max(0.0, stretch.first / _FRAMES_PER_SECOND - delay)
-        end = max(start + _FRAME_SECONDS, (stretch.last + 1) / _FRAMES_PER_SECOND - delay)
+        start = max(0.0, stretch.first / FRAMES_PER_SECOND - delay)
+        end = max(start + FRAME_SECONDS, (stretch.last + 1) / FRAMES_PER_SECOND - delay)
         return Word(stretch.text, round(start, 3), round(end, 3), stretch.speaker)
 
     def to_txt(self) -> str:

@@ -125,11 +125,17 @@ class TTTState:
             )
         for name, like in wanted.items():
             _check_like(name, arrays[name], like)
-        weights, rows = (
-            {name: arrays[f"{part}.{name}"] for name in getattr(self, part)}
-            for part in ("weights", "rows")
+        counters = {name: int(meta[name]) for name in ("tokens", "updates")}
+        return replace(self.with_arrays(arrays), **counters)
+
+    def with_arrays(self, arrays: Arrays) -> "TTTState":
+        """This state on other arrays, named as by `arrays()`; unchecked, for every frame."""
+        return replace(
+            self,
+            weights={name: arrays[f"weights.{name}"] for name in self.weights},
+            rows={name: arrays[f"rows.{name}"] for name in self.rows},
+            step=arrays["step"],
         )
-        return TTTState(weights, rows, arrays["step"], int(meta["tokens"]), int(meta["updates"]))
 
 
 def _check_like(name: str, found: mx.array, like: mx.array) -> None:
@@ -138,12 +144,6 @@ def _check_like(name: str, found: mx.array, like: mx.array) -> None:
             f"memory state: tensor {name!r} should be {like.dtype} {like.shape}, found "
             f"{found.dtype} {found.shape}; use the adapter and batch size it was saved with"
         )
-
-
-def finite(state: TTTState) -> mx.array:
-    """Say which batch rows of a state are finite throughout: bool `[B]`, not read by the host."""
-    flat = [mx.isfinite(a).reshape(a.shape[0], -1).all(axis=1) for a in state.arrays().values()]
-    return mx.stack(flat).all(axis=0)
 
 
 def wide(x: mx.array) -> mx.array:
@@ -400,13 +400,8 @@ class InnerLearner(nn.Module):
         lr: mx.array,
         state: TTTState,
         decay: mx.array | None = None,
-        update: bool = True,
     ) -> tuple[mx.array, TTTState]:
-        """Answer `q` and learn from `(k, v)`, token by token.
-
-        Frozen (`update=False`), every token reads the weights as they were for the last learned
-        token (folded weights plus that token's share of the cached rows), and the state comes back
-        as it was: `k`, `v`, `lr` and `decay` are not looked at.
+        """Answer `q` and learn from `(k, v)`, token by token; `read` answers without learning.
 
         Args:
             q, k, v: `[B, H, T, f]`, any float dtype, any `T >= 1`.
@@ -414,7 +409,6 @@ class InnerLearner(nn.Module):
             state: from `init_state` or an earlier call; left unchanged.
             decay: what a token leaves of the weights, in [0, 1]; `[B, H, T]`, or `[H]` for all
                 tokens alike. A fold keeps the product over its `C` tokens. Needs `rules.forget`.
-            update: learn, or only read.
 
         Returns:
             The answers `[B, H, T, f]` in the state's dtype, and the state after the last token.
@@ -422,8 +416,6 @@ class InnerLearner(nn.Module):
         Raises:
             ValueError: decay given and not used by the rules, or the reverse.
         """
-        if not update:
-            return self.read(q, state), state
         params = self._params()
         tokens = self._tokens(q, k, v, lr, decay)
         outs, done, total = [], 0, q.shape[2]
@@ -437,7 +429,11 @@ class InnerLearner(nn.Module):
         return mx.concatenate(outs, axis=2), state
 
     def read(self, q: mx.array, state: TTTState) -> mx.array:
-        """Answer `q [B, H, n, f]` from a state, as its last learned token would be; learn nothing."""
+        """Answer `q [B, H, n, f]` and learn nothing.
+
+        Every token reads the weights as they were for the last learned token: the folded weights and
+        that token's share of the cached rows.
+        """
         place = state.tokens % self.rules.mini_batch
         return _read(self.rules, self._params(), state.weights, state.rows, wide(q), place)
 

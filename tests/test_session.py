@@ -192,9 +192,11 @@ def test_a_file_of_something_else_is_refused(model, tmp_path, changes, message):
         Session.load(rewritten(saved(model, tmp_path), **changes), model)
 
 
-def test_a_file_cut_short_is_refused(model, tmp_path):
+@pytest.mark.parametrize("left", [0.01, 0.5, 0.999999])
+def test_a_file_cut_short_is_refused(model, tmp_path, left):
     path = saved(model, tmp_path)
-    path.write_bytes(path.read_bytes()[:5000])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(left * len(whole))])
     with pytest.raises(UserError, match="not a whole session file"):
         Session.load(path, model)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..audio import FRAME_SECONDS
 from ..errors import UserError
 
 DEMO_NOTE = "the demo model is tiny and untrained: its words mean nothing"
@@ -120,7 +121,7 @@ def open_session(args: argparse.Namespace, model, console: Console):
     if args.session and Path(args.session).exists():
         with console.status(f"resuming {args.session}"):
             session = Session.load(args.session, model)
-        seconds = session.frame * 0.08
+        seconds = session.frame * FRAME_SECONDS
         console.print(f"resumed at {seconds // 60:.0f}:{seconds % 60:04.1f}", style="dim")
         if ignored := _ignored(talk_settings(args), session.settings):
             console.print(

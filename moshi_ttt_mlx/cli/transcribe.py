@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..audio import FRAME_SIZE, SAMPLE_RATE, FrameReader, WavWriter, iter_frames
+from ..audio import FRAME_SIZE, FRAMES_PER_SECOND, FrameReader, WavWriter, iter_frames
 from ..errors import UserError
 from ..live import MEMORY_BROKE
 from ..transcript import FORMATS
@@ -28,7 +28,6 @@ from .common import (
     open_session,
 )
 
-FRAMES_PER_SECOND = SAMPLE_RATE / FRAME_SIZE
 SILENCE = np.zeros(FRAME_SIZE, np.float32)
 
 
