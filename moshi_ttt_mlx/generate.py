@@ -61,7 +61,7 @@ class Frame:
         return bool(self._host[:, -1].all())
 
 
-class _DepformerCache:
+class DepformerCache:
     """Keys and values of the few codebooks of one frame (moshi_mlx allocates 256 slots for each)."""
 
     def __init__(self, context: int):
@@ -332,7 +332,7 @@ class FrameGenerator:
         if not slices:
             return mx.zeros((self.batch_size, 0), mx.int32), key
         first = slices[0].transformer
-        caches = [LayerCache(_DepformerCache(first.cfg.context)) for _ in first.layers]
+        caches = [LayerCache(DepformerCache(first.cfg.context)) for _ in first.layers]
         token, codes = text, []
         for i, piece in enumerate(slices):
             last = token if self.cfg_coef == 1 else mx.tile(token, (2, 1))
