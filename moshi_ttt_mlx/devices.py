@@ -10,8 +10,10 @@ What lives here: finding devices, :class:`Microphone` (calls back with frames of
 sounddevice (PortAudio) opens devices and soxr resamples.
 """
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -65,6 +67,19 @@ def _portaudio() -> ModuleType:
     except ImportError as error:
         raise UserError("live talk needs sounddevice: pip install sounddevice") from error
     return sounddevice
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """PortAudio and ALSA write on the program's stderr what they also return: keep the screen clean."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def all_devices(kind: str) -> list[Device]:
@@ -149,7 +164,8 @@ def _can_open(device: Device, rate: float, channels: int) -> bool:
     sounddevice = _portaudio()
     check = getattr(sounddevice, f"check_{device.kind}_settings")
     try:
-        check(device=device.index, channels=channels, dtype="float32", samplerate=rate)
+        with _without_chatter():
+            check(device=device.index, channels=channels, dtype="float32", samplerate=rate)
     except (sounddevice.PortAudioError, ValueError):
         return False
     return True
@@ -208,6 +224,7 @@ class _Stream:
 
     def __init__(self, device: Device, rate: int | None = None):
         self.device, self.name = device, device.name
+        self._asked_rate = rate
         self.rate, self.channels = _settings(device)
         self.rate = rate or self.rate
         self.glitches = 0
@@ -218,21 +235,35 @@ class _Stream:
         sounddevice = _portaudio()
         streams = {"input": sounddevice.InputStream, "output": sounddevice.OutputStream}
         try:
-            self._stream = streams[self.device.kind](
-                device=self.device.index,
-                samplerate=self.rate,
-                channels=self.channels,
-                blocksize=round(self.rate * BLOCK_SECONDS),
-                latency=LATENCY_SECONDS.get(self.device.host, _LATENCY_ELSEWHERE),
-                dtype="float32",
-                callback=callback,
-            )
-            self._stream.start()
+            with _without_chatter():
+                self._stream = streams[self.device.kind](
+                    device=self.device.index,
+                    samplerate=self.rate,
+                    channels=self.channels,
+                    blocksize=round(self.rate * BLOCK_SECONDS),
+                    latency=LATENCY_SECONDS.get(self.device.host, _LATENCY_ELSEWHERE),
+                    dtype="float32",
+                    callback=callback,
+                )
+                self._stream.start()
         except (sounddevice.PortAudioError, ValueError) as error:
             raise UserError(
                 f"cannot open the {_WORDS[self.device.kind]} {self.name!r}: {error}; "
                 f"choose another with --{self.device.kind}-device (--list-devices)"
             ) from error
+
+    def find_again(self) -> bool:
+        """Look for the same device by its name; True when `start` can open it as it is now.
+
+        To be asked while it is closed: its number, rate and channels may have changed.
+        """
+        found = [d for d in all_devices(self.device.kind) if d.name == self.name]
+        if not found:
+            return False
+        self.device = next((d for d in found if d.host == self.device.host), found[0])
+        rate, self.channels = _settings(self.device)
+        self.rate = self._asked_rate or rate
+        return True
 
     def _called(self, status) -> None:
         self.calls += 1
@@ -311,3 +342,22 @@ class Loudspeaker(_Stream):
             ready = ready[frames:]
 
         self._open(callback)
+
+
+def find_again(*streams: _Stream) -> bool:
+    """Look for closed devices by their names, one that was unplugged among them.
+
+    PortAudio lists the devices once, when it begins: so it is ended and begun again, which no open
+    stream of this process would survive.
+
+    Returns:
+        Whether all are there.
+    """
+    sounddevice = _portaudio()
+    try:
+        if sounddevice._initialized:
+            sounddevice._terminate()
+        sounddevice._initialize()
+        return all(stream.find_again() for stream in streams)
+    except sounddevice.PortAudioError:
+        return False

@@ -1,8 +1,8 @@
 """A live talk: microphone -> queue -> one worker thread -> queue -> loudspeaker, in real time.
 
-What lives here: the two bounded queues and what they do when the model is late, the watches that
-notice a mute microphone, a slow machine or a lost device, and :class:`Talk`, which runs it all. What
-does not: sound devices (`devices.py`), files (`keep.py`), and anything on the screen.
+What lives here: the two bounded queues and what they do when the model is late, and :class:`Talk`,
+which runs it all: mute, pause, and waiting for a device that was unplugged. What does not: sound
+devices (`devices.py`), noticing what is wrong (`watches.py`), files (`keep.py`), the screen.
 
     talk = Talk(lambda: Session(load("demo")), microphone, loudspeaker)
     talk.start()
@@ -28,6 +28,18 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from .audio import FRAME_SIZE, SAMPLE_RATE
+from .errors import UserError
+from .quiet_start import QuietStart
+from .voice import level
+from .watches import (
+    LAG_FRAMES,
+    LAG_SECONDS,
+    PATIENCE_SECONDS,
+    DeviceWatch,
+    Patience,
+    no_sound_message,
+    too_slow_message,
+)
 
 # The command line reads this file for its flags, and MLX takes a second to import.
 if TYPE_CHECKING:
@@ -52,18 +64,15 @@ REPLY_FRAMES = HEARD_FRAMES + CALM_FRAMES
 SILENT_LEVEL = -50.0
 """A reply frame below this (dBFS) is silent: a codec's silence is not made of zeros."""
 
-PATIENCE_SECONDS = 3.0
-"""Exact zeros from the microphone, or nothing at all, for this long is no pause in speech."""
+MAX_WAIT_SECONDS = 300.0
+"""A lost device is waited for so long: time to find the cable, not for ever."""
 
-LOST_SECONDS = 4.0
-"""A device that called before and has not for this long is gone (ALSA takes 2 to recover)."""
-
-LAG_FRAMES = 4
-LAG_SECONDS = 5.0
-"""The model is too slow when so many frames have waited all this time."""
+MEMORY_SECONDS = 1.0
+"""The memory is looked at once in so many seconds at most: it costs a wait for the device."""
 
 _PACE_FRAMES = 50  # frame times behind the median: four seconds
 _POLL_SECONDS = 0.1
+_RETRY_SECONDS = 1.0
 _CLOSE_SECONDS = 5.0
 
 
@@ -90,10 +99,25 @@ class Ready:
 
 @dataclass(frozen=True)
 class Said:
-    """Words, with the seconds since the talk's beginning."""
+    """Words, with the seconds since the talk's beginning, and whose they are."""
 
     text: str
     time: float
+    speaker: str = "moshi"
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something that is good to know."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The talk so far is in a file."""
+
+    path: str | Path
 
 
 @dataclass(frozen=True)
@@ -117,6 +141,34 @@ class Ended:
 
 
 @dataclass(frozen=True)
+class MemoryStatus:
+    """A memory at one moment; see `Session.memory_report`.
+
+    Attributes:
+        layers: whose gate is open; 0 when the memory is off or was never trained.
+        updates: folds so far, the same in every layer.
+        step, drift, gate: the largest over the layers.
+    """
+
+    layers: int
+    updates: int = 0
+    step: float = 0.0
+    drift: float = 0.0
+    gate: float = 0.0
+
+
+def read_memory(session: "Session") -> MemoryStatus | None:
+    """How a session's memory fares; None without one. Waits for the device: not every frame."""
+    if session.model.memory is None:
+        return None
+    layers = list(session.memory_report().values())
+    if not layers:
+        return MemoryStatus(layers=0)
+    largest = {name: max(layer[name] for layer in layers) for name in ("step", "drift", "gate")}
+    return MemoryStatus(len(layers), layers[0]["updates"], **largest)
+
+
+@dataclass(frozen=True)
 class Status:
     """A talk at one moment.
 
@@ -130,6 +182,11 @@ class Status:
         underruns: times that the loudspeaker ran out of reply.
         glitches: callbacks at which the sound system says that it lost sound.
         user_level, reply_level: dBFS (RMS) of the latest frame.
+        window, filled: frames attention can see, and sees by now.
+        memory: as it was in the last seconds; None without one, and before the first look.
+        muted, paused: as the user asked.
+        hushed: it keeps quiet until the user speaks.
+        waiting_for: the device that is gone, None when none is.
     """
 
     age: float = 0.0
@@ -143,6 +200,13 @@ class Status:
     glitches: int = 0
     user_level: float = -100.0
     reply_level: float = -100.0
+    window: int = 0
+    filled: int = 0
+    memory: MemoryStatus | None = None
+    muted: bool = False
+    paused: bool = False
+    hushed: bool = False
+    waiting_for: str | None = None
 
 
 # -- queues ---------------------------------------------------------------------------------------
@@ -167,16 +231,16 @@ class HeardQueue:
             self._frames.append(frame)
             self._changed.notify()
 
+    def clear(self) -> None:
+        """Forget what waits, uncounted: it is too old to be heard."""
+        with self._changed:
+            self._frames.clear()
+
     def get(self, timeout: float) -> np.ndarray | None:
         """The oldest frame; None when none came within `timeout` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self._frames, timeout)
             return self._frames.popleft() if self._frames else None
-
-
-def level(pcm: np.ndarray) -> float:
-    """Loudness in dBFS (RMS), -100 at the least."""
-    return max(-100.0, 10 * float(np.log10(np.mean(np.square(pcm, dtype=np.float64)) + 1e-10)))
 
 
 class ReplyQueue:
@@ -198,9 +262,9 @@ class ReplyQueue:
 
     def put(self, frame: np.ndarray) -> None:
         with self._lock:
-            if not self._begun:
+            if not self._begun and not len(self):
                 self._samples = np.zeros(self._cushion, np.float32)
-                self._begun = True
+            self._begun = True
             silent = level(frame) < SILENT_LEVEL
             if silent and len(self) > CALM_FRAMES * FRAME_SIZE:
                 self.skipped += 1
@@ -219,71 +283,13 @@ class ReplyQueue:
             self.underruns += self._dry and not was_dry and self._begun and not self._finished
         return np.pad(taken, (0, count - len(taken)))
 
+    def rest(self) -> None:
+        """No frames will come for a while: until one does, running dry is right."""
+        self._begun = False
+
     def finish(self) -> None:
         """No more frames will come: running dry is right from here on."""
         self._finished = True
-
-
-# -- watches --------------------------------------------------------------------------------------
-
-
-class Patience:
-    """Says once that something has gone on for too long.
-
-    Time counts in steps of half a second at most: a program that was suspended has not waited.
-    """
-
-    def __init__(self, seconds: float):
-        self._seconds = seconds
-        self.reset()
-
-    def reset(self) -> None:
-        self._waited, self._last, self._over = 0.0, None, False
-
-    def over(self, wrong: bool, now: float) -> bool:
-        """True at the call at which `wrong` has been true for longer than the patience."""
-        step = 0.0 if self._last is None else min(now - self._last, 0.5)
-        self._last = now
-        self._waited = self._waited + step if wrong else 0.0
-        if self._over or self._waited < self._seconds:
-            return False
-        self._over = True
-        return True
-
-
-class DeviceWatch:
-    """Notices a device that has stopped calling back."""
-
-    def __init__(self, device: Device):
-        self.device, self._calls = device, 0
-        self._lost, self._mute = Patience(LOST_SECONDS), Patience(PATIENCE_SECONDS)
-
-    def check(self, now: float) -> str | None:
-        """`"lost"` after it called and then no more, `"mute"` when it never did, both once."""
-        still = self.device.calls == self._calls
-        self._calls = self.device.calls
-        if self._lost.over(still and self._calls > 0, now):
-            return "lost"
-        if self._calls and not self.device.active:
-            return "lost"
-        return "mute" if self._mute.over(still and not self._calls, now) else None
-
-
-def no_sound_message(name: str, what: str) -> str:
-    """What a user can do about a microphone that gives nothing."""
-    return (
-        f"the microphone {name!r} gives {what}. Is it muted? On macOS a program without permission "
-        "hears silence: System Settings > Privacy & Security > Microphone > your terminal app, "
-        "then start again"
-    )
-
-
-def too_slow_message(frame_ms: float, context: int) -> str:
-    """What a user can do about a machine that does not keep up."""
-    return (
-        f"this machine needs {frame_ms:.0f} ms a frame, {FRAME_MS:.0f} are available: "
-        f"try -q 4 or --context {max(1, context // 2)}"
-    )
 
 
 # -- the talk -------------------------------------------------------------------------------------
@@ -309,12 +315,18 @@ class Talk:
         microphone, loudspeaker: devices, not yet started.
         on_frame: called on the worker thread with each step's result and the user's frame; quick.
         max_seconds: end by itself after so much talk.
+        find_again: whether the devices, both closed, are there to be started again, after one was
+            lost; None ends a talk whose device is lost.
+        max_wait: seconds to wait for a lost device.
+        quiet_start: say nothing before the user does, see `quiet_start.py`.
         clock: seconds; another one in tests.
 
     Attributes:
-        events: `Said`, `Warned`, `Ready`, and `Ended` as the last one.
+        events: `Said`, `Noted`, `Saved`, `Warned`, `Ready`, and `Ended` as the last one.
         session: None until it is loaded.
         started, ended: whether the devices were opened, whether the talk is over.
+        muted: set it, and the model hears silence.
+        paused: set it, and the talk stands still: what the microphone hears is thrown away.
     """
 
     def __init__(
@@ -325,14 +337,21 @@ class Talk:
         *,
         on_frame: "Callable[[SpokenFrame, np.ndarray], None]" = lambda spoken, user: None,
         max_seconds: float | None = None,
+        find_again: Callable[[], bool] | None = None,
+        max_wait: float = MAX_WAIT_SECONDS,
+        quiet_start: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.events: queue.SimpleQueue = queue.SimpleQueue()
         self.heard, self.replies = HeardQueue(), ReplyQueue()
         self.session: Session | None = None
-        self.started = self.ended = False
+        self.started = self.ended = self.muted = self.paused = False
         self._open_session, self._on_frame, self._clock = open_session, on_frame, clock
         self._microphone, self._loudspeaker = microphone, loudspeaker
+        self._find_again, self._max_wait = find_again, max_wait
+        self._running: list[Device] = []
+        self._waiting_for: str | None = None
+        self._quiet_start, self._quiet = quiet_start, None
         self._frames_left = float("inf") if max_seconds is None else max_seconds * 1000 / FRAME_MS
         self._stopping = threading.Event()
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
@@ -342,6 +361,8 @@ class Talk:
         self._first_frame = 0
         self._zeros, self._slow = Patience(PATIENCE_SECONDS), Patience(LAG_SECONDS)
         self._memory_ok = True
+        self._memory: MemoryStatus | None = None
+        self._look_at = 0.0
         self._thread = threading.Thread(target=self._run, name="talk", daemon=True)
 
     # -- from other threads
@@ -358,7 +379,7 @@ class Talk:
         """Where the talk stands now, also while the worker is busy with a frame."""
         user_level, reply_level = self._levels
         pace = list(self._pace)
-        frames = 0 if self.session is None else self.session.frame
+        frames, window = (0, 0) if self.session is None else (self.session.frame, self._context)
         return Status(
             age=frames * FRAME_MS / 1000,
             sitting=(frames - self._first_frame) * FRAME_MS / 1000,
@@ -371,6 +392,13 @@ class Talk:
             glitches=self._microphone.glitches + self._loudspeaker.glitches,
             user_level=user_level,
             reply_level=reply_level,
+            window=window,
+            filled=min(frames, window),
+            memory=self._memory,
+            muted=self.muted,
+            paused=self.paused,
+            hushed=self._quiet is not None and self._quiet.waits,
+            waiting_for=self._waiting_for,
         )
 
     def save(self, path: str | Path) -> None:
@@ -382,6 +410,19 @@ class Talk:
         done: Future = Future()
         self._jobs.put((lambda: self.session.save(path), done))
         done.result()
+
+    def save_soon(self, path: str | Path) -> None:
+        """Save the session without waiting for it: `Saved` or `Warned` tells how it went."""
+
+        def save() -> None:
+            try:
+                self.session.save(path)
+            except UserError as error:
+                self.events.put(Warned(str(error)))
+            else:
+                self.events.put(Saved(path))
+
+        self._jobs.put((save, Future()))
 
     def close(self) -> None:
         """Let the worker thread go. The session can no longer be saved."""
@@ -403,6 +444,10 @@ class Talk:
             self._do_job(self._jobs.get())
         leave_mlx()
 
+    def _do_jobs(self) -> None:
+        while not self._jobs.empty():
+            self._do_job(self._jobs.get())
+
     def _do_job(self, job: tuple[Callable, Future] | None) -> None:
         if job is None:
             self._closed = True
@@ -416,22 +461,18 @@ class Talk:
     def _talk(self) -> str | None:
         """Open the devices, talk, close them. Returns why it ended by itself, None when asked to."""
         self._begin()
-        devices = [self._microphone]
         lost: Device | None = None
         try:
-            if self.session.model.speaks:
-                self._loudspeaker.start(self.replies.fetch)
-                devices.append(self._loudspeaker)
-            self._microphone.start(self.heard.put)
+            self._open()
             self.started = True
             self.events.put(Ready())
-            lost = self._listen([DeviceWatch(device) for device in devices])
+            lost = self._listen()
+            while lost is not None and self._recover(lost):
+                lost = self._listen()
             if lost is None:
                 self._play_out()
         finally:
-            for device in devices:
-                # A lost device, or both when the sound server went, may never play its last block.
-                device.stop() if lost is None else device.abandon()
+            self._shut(abandon=lost is not None)
         return None if lost is None else f"the device {lost.name!r} is gone"
 
     def _begin(self) -> None:
@@ -440,30 +481,104 @@ class Talk:
         if self._first_frame == 0:
             for _ in range(round(self.session.model.silence_prefix * 1000 / FRAME_MS)):
                 self._step(np.zeros(FRAME_SIZE, np.float32))
+        if self._quiet_start:
+            self._quiet = QuietStart(self.session)
 
-    def _listen(self, watches: list[DeviceWatch]) -> Device | None:
+    # -- devices
+
+    def _open(self) -> None:
+        devices = [(self._microphone, self.heard.put)]
+        if self.session.model.speaks:
+            devices.insert(0, (self._loudspeaker, self.replies.fetch))
+        for device, exchange in devices:
+            self._running.append(device)
+            device.start(exchange)
+
+    def _shut(self, abandon: bool = False) -> None:
+        for device in self._running:
+            # A lost device, or both when the sound server went, may never play its last block.
+            device.abandon() if abandon else device.stop()
+        self._running = []
+
+    def _recover(self, lost: Device) -> bool:
+        """Wait for a device to come back, unless asked to stop; False when it took too long.
+
+        The talk stands still meanwhile: silence fed to the model would push out of its window what
+        was said, and let it talk to nobody.
+        """
+        self._shut(abandon=True)
+        if self._find_again is None or self._max_wait <= 0:
+            return False
+        self.events.put(Warned(f"{lost.name!r} is gone: plug it in again, the talk waits for it"))
+        self.replies.rest()
+        self._waiting_for = lost.name
+        until = self._clock() + self._max_wait
+        back = False
+        while not back and self._clock() < until and not self._stopping.wait(_RETRY_SECONDS):
+            self._do_jobs()
+            back = self._reopen()
+        self._waiting_for = None
+        if back:
+            self.events.put(Noted(f"{lost.name!r} is back: the talk goes on"))
+        return back or self._stopping.is_set()
+
+    def _reopen(self) -> bool:
+        """Whether all devices could be opened again and do call."""
+        if not self._find_again():
+            return False
+        before = {id(device): device.calls for device in (self._microphone, self._loudspeaker)}
+        try:
+            self._open()
+        except UserError:
+            self._shut(abandon=True)
+            return False
+        for _ in range(round(PATIENCE_SECONDS / _POLL_SECONDS)):
+            if all(device.calls > before[id(device)] for device in self._running):
+                self.heard.clear()
+                return True
+            if self._stopping.wait(_POLL_SECONDS):
+                break
+        self._shut(abandon=True)
+        return False
+
+    # -- frames
+
+    def _listen(self) -> Device | None:
         """Frame after frame, until asked to stop; returns a device that was lost."""
+        watches = [DeviceWatch(device) for device in self._running]
         while not self._stopping.is_set() and self._frames_left > 0:
             frame = self.heard.get(_POLL_SECONDS)
-            if frame is not None:
-                self._step(frame)
-                self._frames_left -= 1
-                self._warn_about(frame)
+            if self.paused:
+                self._rest()
+            elif frame is not None:
+                self._hear(np.zeros_like(frame) if self.muted else frame)
             for watch in watches:
                 if self._check(watch) == "lost":
                     return watch.device
-            while not self._jobs.empty():
-                self._do_job(self._jobs.get())
+            self._do_jobs()
         return None
+
+    def _rest(self) -> None:
+        self.replies.rest()
+        self._slow.reset()
+        self._zeros.reset()
+
+    def _hear(self, frame: np.ndarray) -> None:
+        self._step(frame)
+        self._frames_left -= 1
+        self._warn_about(frame)
+        if self._clock() >= self._look_at and not len(self.heard):
+            self._memory = read_memory(self.session)
+            self._look_at = self._clock() + MEMORY_SECONDS
 
     def _step(self, user: np.ndarray) -> None:
         began = self._clock()
-        spoken = self.session.step(user)
+        spoken = (self._quiet or self.session).step(user)
         self._pace.append(1000 * (self._clock() - began))
         if spoken.pcm is not None:
             self.replies.put(spoken.pcm)
         if spoken.text:
-            self.events.put(Said(spoken.text, spoken.time))
+            self.events.put(Said(spoken.text, spoken.time, self.session.speaker))
         if self._memory_ok and not spoken.memory_ok:
             self.events.put(Warned(MEMORY_BROKE))
         self._memory_ok = spoken.memory_ok
@@ -473,7 +588,7 @@ class Talk:
 
     def _warn_about(self, user: np.ndarray) -> None:
         now = self._clock()
-        if self._zeros.over(not user.any(), now):
+        if self._zeros.over(not self.muted and not user.any(), now):
             what = f"exact zeros for {PATIENCE_SECONDS:.0f} s"
             self.events.put(Warned(no_sound_message(self._microphone.name, what)))
         if self._slow.over(len(self.heard) >= LAG_FRAMES, now):

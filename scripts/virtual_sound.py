@@ -18,14 +18,21 @@ from pathlib import Path
 
 import numpy as np
 
-MICROPHONE_SINK, LOUDSPEAKER_SINK = "vmic_in", "vspk"
+MICROPHONE, MICROPHONE_SINK, LOUDSPEAKER_SINK = "vmic", "vmic_in", "vspk"
+_MICROPHONE_MODULE = (
+    f"module-remap-source source_name={MICROPHONE} master={MICROPHONE_SINK}.monitor channels=1 "
+    "rate=24000"
+)
 _MODULES = [
     f"module-null-sink sink_name={MICROPHONE_SINK} rate=24000 channels=1",
-    f"module-remap-source source_name=vmic master={MICROPHONE_SINK}.monitor channels=1 rate=24000",
+    _MICROPHONE_MODULE,
     f"module-null-sink sink_name={LOUDSPEAKER_SINK} rate=24000 channels=1",
 ]
 _OPTIONS = ["-n", "--daemonize=no", "--exit-idle-time=-1", "--use-pid-file=no", "--disable-shm=yes"]
-_ASOUNDRC = "pcm.!default { type pulse }\nctl.!default { type pulse }\n"
+_ASOUNDRC = (
+    "pcm.!default { type pulse }\nctl.!default { type pulse }\n"
+    f"pcm.{MICROPHONE} {{ type pulse\n device {MICROPHONE} }}\n"
+)
 
 
 def missing() -> str | None:
@@ -68,7 +75,7 @@ class VirtualSound:
         try:
             self._wait_for_server()
             self._pactl("set-default-sink", LOUDSPEAKER_SINK)
-            self._pactl("set-default-source", "vmic")
+            self._pactl("set-default-source", MICROPHONE)
         except BaseException:
             self.stop()
             raise
@@ -95,6 +102,14 @@ class VirtualSound:
         if self._server.poll() is None:
             self._server.kill()
         self._server.wait()
+
+    def unplug_microphone(self) -> None:
+        """Take the microphone away from whatever listens to it."""
+        self._pactl("unload-module", "module-remap-source")
+
+    def plug_microphone(self) -> None:
+        """Bring it back, by the same name."""
+        self._pactl("load-module", *_MICROPHONE_MODULE.split())
 
     def play(self, path: Path) -> None:
         """Say a WAV file into the microphone; waits until it is over."""
