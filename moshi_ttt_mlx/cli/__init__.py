@@ -13,6 +13,8 @@ from ..lanes import ensure_compile_works, require_moshi_mlx
 VERBS = {
     "chat": "talk, live: microphone and loudspeaker (the verb when none is named)",
     "transcribe": "run a recording through a model: reply, words, subtitles",
+    "tokenize": "recorded talks to shards, once, for train and eval",
+    "train": "teach a model's memory on shards",
     "convert": "a PyTorch Moshi-TTT memory to an adapter, or LoRA into a base model",
     "bench": "measure the frame loop beside moshi_mlx's on this machine",
 }
