@@ -50,7 +50,7 @@ class VoiceGate:
         return pcm if self.is_open or self._tried else np.zeros_like(pcm)
 
     def _listen(self, loudness: float) -> None:
-        noise = max(min(self._levels, default=-100.0), LEAST_LEVEL - OPEN_DB)
+        noise = max(min(self._levels, default=loudness), LEAST_LEVEL - OPEN_DB)
         if loudness > noise + (CLOSE_DB if self._tried else OPEN_DB):
             self._tried += 1
         else:

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +11,7 @@ from fake_talk import SILENCE, Clock, EagerDevice, FakeDevice, FakeSession, Play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moshi_ttt_mlx import live
 from moshi_ttt_mlx.audio import FRAME_SIZE
 from moshi_ttt_mlx.errors import UserError
 from moshi_ttt_mlx.live import (
@@ -19,16 +21,28 @@ from moshi_ttt_mlx.live import (
     REPLY_FRAMES,
     Ended,
     HeardQueue,
+    MemoryStatus,
+    Noted,
     Patience,
     Ready,
     ReplyQueue,
     Said,
+    Saved,
     Talk,
     Warned,
     level,
+    read_memory,
 )
 
 WAIT = 10  # seconds until a test gives up; none waits so long unless it fails
+
+
+def wait_until(true):
+    for _ in range(WAIT * 200):
+        if true():
+            return
+        time.sleep(0.005)
+    pytest.fail("it never came true")
 
 
 class Stage:
@@ -434,3 +448,227 @@ def test_the_status_counts_what_the_sound_system_lost(stage):
     assert status.reply_level == pytest.approx(-6.02, abs=1e-2)
     with pytest.raises(queue.Empty):
         talk_stage.talk.events.get(timeout=0)
+
+
+# ---- mute and pause
+
+
+def test_a_muted_talk_hears_and_keeps_silence_and_blames_nobody(stage):
+    clock, kept = Clock(), []
+    session = FakeSession(clock=clock, cost=0.08)
+    talk_stage = stage(session, clock=clock, on_frame=lambda spoken, user: kept.append(user))
+    talk_stage.until(Ready)
+    talk_stage.talk.muted = True
+    for _ in range(60):
+        talk_stage.microphone.speak(voice())
+        talk_stage.until(Said)
+    assert talk_stage.talk.status().muted
+    talk_stage.talk.muted = False
+    talk_stage.microphone.speak(voice())
+    talk_stage.until(Said)
+    talk_stage.end()
+    assert not np.any(session.users[:60]) and session.users[60].all()
+    assert not np.any(kept[:60]) and talk_stage.warnings == []
+
+
+def test_a_pause_throws_away_what_is_heard_and_costs_no_underrun(stage):
+    talk_stage = stage()
+    talk_stage.until(Ready)
+    talk_stage.microphone.speak(voice(0.1))
+    talk_stage.until(Said)
+    talk_stage.talk.paused = True
+    for _ in range(30):
+        talk_stage.microphone.speak(voice(0.9))
+        wait_until(lambda: not len(talk_stage.talk.heard))
+    time.sleep(0.05)  # the last one has been thrown away, too
+    talk_stage.loudspeaker.exchange(10 * FRAME_SIZE)
+    talk_stage.talk.paused = False
+    talk_stage.microphone.speak(voice(0.2))
+    talk_stage.until(Said)
+    talk_stage.end()
+    assert [round(float(user[0]), 1) for user in talk_stage.session.users] == [0.1, 0.2]
+    status = talk_stage.talk.status()
+    assert (status.underruns, status.dropped) == (0, 0)
+    played = talk_stage.loudspeaker.exchange(CUSHION_SAMPLES + FRAME_SIZE)
+    assert not played[:CUSHION_SAMPLES].any() and (played[CUSHION_SAMPLES:] == 0.1).all()
+
+
+def test_a_save_that_nobody_waits_for_tells_how_it_went(stage):
+    session = FakeSession()
+    talk_stage = stage(session)
+    talk_stage.until(Ready)
+    talk_stage.talk.save_soon("a")
+    assert talk_stage.until(Saved).path == "a" and session.saved == ["a"]
+
+    def save(path):
+        raise UserError("the disk is full; the talk goes on")
+
+    session.save = save
+    talk_stage.talk.save_soon("b")
+    assert "disk is full" in talk_stage.until(Warned).message
+    talk_stage.microphone.speak(voice())
+    talk_stage.until(Said)
+    assert talk_stage.end() == Ended()
+
+
+# ---- the memory
+
+
+def test_the_memory_is_read_once_a_second_and_never_while_a_frame_waits():
+    clock, looks = Clock(), []
+    session = FakeSession(clock=clock, cost=0.08)
+    session.model.memory = "an adapter"
+
+    def report():
+        looks.append(session.frame)
+        layer = {"tokens": 9, "updates": 2, "step": 0.1, "drift": 0.5, "gate": 0.25}
+        return {3: layer, 5: layer | {"drift": 0.75, "step": 0.05}}
+
+    session.memory_report = report
+    # Never started: which frames wait is up to the test, not to the threads.
+    talk = Talk(lambda: session, FakeDevice(), FakeDevice(), clock=clock)
+    talk.session = session
+    talk.heard.put(voice())
+    for _ in range(30):
+        talk._hear(voice())
+    assert looks == []
+    talk.heard.clear()
+    for _ in range(30):
+        talk._hear(voice())
+    assert looks == [31, 44, 57]  # every 13 frames: the first ones after a second
+    status = talk.status()
+    assert status.memory == MemoryStatus(2, 2, step=0.1, drift=0.75, gate=0.25)
+    assert (status.filled, status.window) == (60, 3000)
+
+
+def test_a_talk_without_a_memory_is_never_asked_for_one():
+    session = FakeSession()
+    session.memory_report = lambda: pytest.fail("asked")
+    assert read_memory(session) is None
+    session.model.memory, session.memory_report = "an adapter", dict
+    assert read_memory(session) == MemoryStatus(layers=0)
+
+
+# ---- a device that was unplugged
+
+
+class Plug:
+    """A microphone that a test unplugs and plugs in again."""
+
+    def __init__(self, stage, monkeypatch, **settings):
+        monkeypatch.setattr(live, "_RETRY_SECONDS", 0.01)
+        monkeypatch.setattr(live, "_POLL_SECONDS", 0.01)
+        self.is_in, self.searches = True, threading.Semaphore(0)
+        settings = {"find_again": self.find, "max_wait": 1000.0, "clock": Clock()} | settings
+        self.stage = stage(**settings)
+        self.stage.until(Ready)
+
+    def find(self):
+        self.searches.release()
+        return self.is_in
+
+    def pull(self):
+        """The microphone goes; returns once it was looked for twice."""
+        self.stage.microphone.speak(voice(0.1))
+        self.stage.until(Said)
+        self.is_in = self.stage.microphone.active = False
+        for _ in range(2):
+            assert self.searches.acquire(timeout=WAIT)
+
+    def put_back(self):
+        self.is_in = True
+        wait_until(lambda: self.stage.microphone.active)
+        self.stage.microphone.speak(voice(0.9))  # it calls: this frame comes too early to count
+        return self.stage.until(Noted)
+
+
+def test_a_talk_goes_on_with_its_device_where_it_stood(stage, monkeypatch):
+    plug = Plug(stage, monkeypatch)
+    talk_stage = plug.stage
+    plug.pull()
+    assert talk_stage.microphone.ending == talk_stage.loudspeaker.ending == "abandoned"
+    assert talk_stage.talk.status().waiting_for == "mic"
+    assert talk_stage.session.frame == 1  # it stands still
+    talk_stage.talk.save("meanwhile")
+    assert plug.put_back().message == "'mic' is back: the talk goes on"
+    assert talk_stage.talk.status().waiting_for is None
+    talk_stage.microphone.speak(voice(0.2))
+    talk_stage.until(Said)
+    assert talk_stage.end() == Ended()
+    assert [round(float(user[0]), 1) for user in talk_stage.session.users] == [0.1, 0.2]
+    (message,) = talk_stage.warnings
+    assert "'mic' is gone" in message and talk_stage.session.saved == ["meanwhile"]
+    assert talk_stage.talk.status().underruns == 0
+
+
+def test_it_may_go_and_come_twice(stage, monkeypatch):
+    plug = Plug(stage, monkeypatch)
+    for _ in range(2):
+        plug.pull()
+        plug.put_back()
+    assert plug.stage.end() == Ended()
+    assert len(plug.stage.warnings) == 2
+
+
+def test_a_device_that_opens_but_never_calls_is_not_back(stage, monkeypatch):
+    monkeypatch.setattr(live, "PATIENCE_SECONDS", 0.05)
+    plug = Plug(stage, monkeypatch)
+    plug.pull()
+    plug.is_in = True
+    while plug.searches.acquire(blocking=False):
+        pass
+    for _ in range(4):  # opened, given up, opened again
+        assert plug.searches.acquire(timeout=WAIT)
+    assert plug.stage.talk.status().waiting_for == "mic"
+    assert plug.stage.end() == Ended()
+    assert not any(isinstance(event, Noted) for event in plug.stage.seen)
+    assert plug.stage.microphone.ending == "abandoned"
+
+
+def test_a_device_that_cannot_be_opened_yet_is_tried_again(stage, monkeypatch):
+    plug = Plug(stage, monkeypatch)
+    plug.pull()
+    start, refusals = plug.stage.microphone.start, []
+
+    def refuse(exchange):
+        if len(refusals) < 3:
+            refusals.append(1)
+            raise UserError("cannot open it")
+        start(exchange)
+
+    plug.stage.microphone.start = refuse
+    plug.put_back()
+    assert len(refusals) == 3 and plug.stage.end() == Ended()
+
+
+def test_a_device_that_stays_away_ends_the_talk_and_it_can_be_saved(stage, monkeypatch):
+    plug = Plug(stage, monkeypatch, clock=Clock(tick=0.5), max_wait=20.0)
+    plug.is_in = plug.stage.microphone.active = False
+    plug.stage.microphone.calls = 1
+    assert "'mic' is gone" in plug.stage.until(Ended).reason
+    plug.stage.talk.save("kept")
+    assert plug.stage.session.saved == ["kept"] and plug.searches.acquire(timeout=0)
+
+
+def test_nobody_waits_when_told_not_to(stage, monkeypatch):
+    plug = Plug(stage, monkeypatch, max_wait=0.0)
+    plug.stage.microphone.calls, plug.stage.microphone.active = 1, False
+    assert "'mic' is gone" in plug.stage.until(Ended).reason
+    assert not plug.searches.acquire(blocking=False)
+
+
+# ---- no greeting
+
+
+def test_a_quiet_start_lets_nothing_out_before_the_user_speaks(stage):
+    talk_stage = stage(quiet_start=True)
+    talk_stage.until(Ready)
+    talk_stage.microphone.speak(*[voice(1e-4)] * 10)
+    wait_until(lambda: talk_stage.session.frame == 10)
+    assert talk_stage.talk.status().hushed and len(talk_stage.talk.replies) == 0
+    talk_stage.microphone.speak(*[voice(0.2)] * 4)
+    assert talk_stage.until(Said).text == " w12"  # the third loud frame
+    talk_stage.end()
+    assert not talk_stage.talk.status().hushed
+    assert not np.any(talk_stage.session.users[:10])
+    assert [w.text for w in talk_stage.session.transcript.words][:1] == ["w12"]
