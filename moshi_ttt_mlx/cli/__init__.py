@@ -17,6 +17,7 @@ VERBS = {
     "train": "teach a model's memory on shards",
     "convert": "a PyTorch Moshi-TTT memory to an adapter, or LoRA into a base model",
     "bench": "measure the frame loop beside moshi_mlx's on this machine",
+    "doctor": "examine this machine: memory, devices, codec, is it fast enough",
 }
 DEFAULT_VERB = "chat"
 
@@ -48,14 +49,18 @@ def _with_verb(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    """Run one verb.
+
+    Exit status: 0 done, 1 what the verb says, 2 bad input (one line on stderr), 130 interrupted.
+    """
     args = build_parser().parse_args(_with_verb(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.WARNING,
         format="%(levelname)s: %(message)s",
     )
     try:
-        require_moshi_mlx()
+        if args.verb != "doctor":  # which says itself what is missing
+            require_moshi_mlx()
         ensure_compile_works()
         return args.run(args) or 0
     except UserError as error:
