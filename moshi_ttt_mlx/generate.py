@@ -168,8 +168,12 @@ class FrameGenerator:
         self.codebooks = self.cfg.generated_codebooks
         self._lay_out_history(np.array(delays))
         hooked = on_text_hook is not None or on_audio_hook is not None
-        self._traced = mx.compile(self._traced_frame) if compile and not hooked else None
+        self._traces = compile and not hooked
+        self._trace_anew()
         self.reset()
+
+    def _trace_anew(self) -> None:
+        self._traced = mx.compile(self._traced_frame) if self._traces else None
 
     def _lay_out_history(self, delays: np.ndarray) -> None:
         """Where in the history each stream is read and written; column `-1` is the frame to come.
@@ -201,6 +205,19 @@ class FrameGenerator:
         )
         self.frame = 0
         self._write_mask = None
+
+    def set_memory(self, mode: Mode) -> None:
+        """Let the memory learn (`on`) or only be read (`frozen`) from the next frame on.
+
+        Raises:
+            ValueError: from or to `off`, where the windows of the memory's layers differ.
+        """
+        if "off" in (mode, self.memory):
+            raise ValueError("[FrameGenerator] a talk is with a memory or without from its start")
+        state = self.state()
+        self.memory = mode
+        self._trace_anew()  # a trace does not look at the mode again
+        self.load_state(*state)
 
     # -- one frame ----------------------------------------------------------------------------
 

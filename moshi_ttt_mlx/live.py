@@ -146,12 +146,13 @@ class MemoryStatus:
 
     Attributes:
         layers: whose gate is open; 0 when the memory is off or was never trained.
-        updates: folds so far, the same in every layer.
+        updates, tokens: folds and tokens so far, the same in every layer.
         step, drift, gate: the largest over the layers.
     """
 
     layers: int
     updates: int = 0
+    tokens: int = 0
     step: float = 0.0
     drift: float = 0.0
     gate: float = 0.0
@@ -165,7 +166,7 @@ def read_memory(session: "Session") -> MemoryStatus | None:
     if not layers:
         return MemoryStatus(layers=0)
     largest = {name: max(layer[name] for layer in layers) for name in ("step", "drift", "gate")}
-    return MemoryStatus(len(layers), layers[0]["updates"], **largest)
+    return MemoryStatus(len(layers), layers[0]["updates"], layers[0]["tokens"], **largest)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -175,6 +175,19 @@ class Session:
         pcm = None if codes is None else self.codec.decode(codes)
         time = frame.index * FRAME_SECONDS
         return SpokenFrame(frame.index, time, words or "", piece, codes, pcm, frame.memory_ok)
+
+    def set_memory(self, mode: str) -> None:
+        """Let the memory learn (`on`) or only be read (`frozen`) from the next frame on.
+
+        Raises:
+            UserError: another mode, no memory, or a talk that was begun without it.
+        """
+        if mode not in ("on", "frozen"):
+            raise UserError(f"while a talk goes on its memory is on or frozen, not {mode!r}")
+        if self.model.memory is None or self.settings.memory == "off":
+            raise UserError("this talk was begun without a memory: begin another one")
+        self.generator.set_memory(mode)
+        self.settings = replace(self.settings, memory=mode)
 
     def memory_report(self) -> dict[int, dict[str, float | int]]:
         """How each layer's memory fares; reads the device, so ask now and then, not every frame.

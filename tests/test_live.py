@@ -537,7 +537,7 @@ def test_the_memory_is_read_once_a_second_and_never_while_a_frame_waits():
         talk._hear(voice())
     assert looks == [31, 44, 57]  # every 13 frames: the first ones after a second
     status = talk.status()
-    assert status.memory == MemoryStatus(2, 2, step=0.1, drift=0.75, gate=0.25)
+    assert status.memory == MemoryStatus(2, 2, 9, step=0.1, drift=0.75, gate=0.25)
     assert (status.filled, status.window) == (60, 3000)
 
 

@@ -103,6 +103,51 @@ def test_a_broken_memory_is_said_and_the_talk_goes_on(model):
     assert all(np.isfinite(f.pcm).all() for f in frames)
 
 
+@pytest.mark.parametrize(("first", "then"), [("on", "frozen"), ("frozen", "on")])
+def test_a_memory_is_switched_while_the_talk_goes_on(model, tmp_path, first, then):
+    pcm = sound(30)
+    session = Session(model, memory=first)
+    begun = talk(session, pcm[:10])
+    learned = session.memory_report()[3]["updates"]
+    session.set_memory(then)
+    switched = talk(session, pcm[10:])
+    whole = talk(Session(model, memory=first), pcm)
+    assert_same(begun, whole[:10])
+    assert [f.piece for f in switched] != [f.piece for f in whole[10:]]
+    folds = session.memory_report()[3]["updates"] - learned
+    assert folds == (0 if then == "frozen" else 5)
+    # Saved and resumed, it goes on as it was switched.
+    session.save(tmp_path / "talk")
+    resumed = Session.load(tmp_path / "talk", model)
+    assert resumed.settings.memory == then
+    assert_same(talk(resumed, sound(8, seed=5)), talk(session, sound(8, seed=5)))
+    session.reset()
+    assert_same(talk(session, pcm[:8]), talk(Session(model, memory=then), pcm[:8]))
+
+
+def test_switched_and_switched_back_before_a_frame_changes_nothing(model):
+    pcm = sound(20)
+    session = Session(model)
+    begun = talk(session, pcm[:10])
+    session.set_memory("frozen")
+    session.set_memory("on")
+    assert_same([*begun, *talk(session, pcm[10:])], talk(Session(model), pcm))
+
+
+@pytest.mark.parametrize("mode", ["off", "full", None, ["on"]])
+def test_a_talk_is_not_switched_to_another_mode(model, mode):
+    session = Session(model)
+    with pytest.raises(UserError, match="is on or frozen"):
+        session.set_memory(mode)
+    assert session.settings.memory == "on"
+
+
+def test_a_talk_without_its_memory_gets_none_later(model):
+    for session in (Session(model, memory="off"), Session(load("demo"))):
+        with pytest.raises(UserError, match="begun without a memory"):
+            session.set_memory("on")
+
+
 def test_a_memory_mode_that_is_none_is_refused(model):
     with pytest.raises(UserError, match="memory must be one of on, off, frozen"):
         Session(model, memory="maybe")
