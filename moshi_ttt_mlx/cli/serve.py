@@ -1,0 +1,148 @@
+"""Talk in a browser, or from any program: a web page and two WebSocket protocols around one model.
+
+Only this machine can connect unless --host says otherwise; then a token is needed, and --ssl, since
+browsers give a microphone to encrypted pages only. Ctrl-C ends all talks; docs/server.md has the rest.
+"""
+
+import argparse
+import os
+import ssl
+import sys
+import webbrowser
+from pathlib import Path
+
+from rich.console import Console
+
+from ..errors import UserError
+from ..session_store import SessionStore
+from .common import DEMO_NOTE, add_model_arguments, add_talk_arguments, load_model, talk_settings
+
+_ANY = ("0.0.0.0", "::", "")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="localhost", help="address to listen on (this machine)")
+    group.add_argument("--port", type=int, default=8998)
+    group.add_argument("--token", help="what clients must know; made up when others can connect")
+    group.add_argument("--ssl", metavar="DIR", help="folder with cert.pem and key.pem")
+    group.add_argument("--ssl-cert", metavar="FILE", help="certificate chain, with --ssl-key")
+    group.add_argument("--ssl-key", metavar="FILE")
+    group.add_argument("--max-sessions", type=int, default=1, metavar="N", help="talks at a time")
+    group.add_argument(
+        "--sessions-dir", metavar="DIR", help="saved talks (default: where `sessions` looks)"
+    )
+    group.add_argument(
+        "--record-minutes",
+        type=float,
+        default=120.0,
+        metavar="M",
+        help="sound kept of each talk for download until the server stops; 0 keeps none",
+    )
+    group.add_argument("--no-browser", action="store_true", help="do not open the page")
+    add_model_arguments(parser)
+    add_talk_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from aiohttp import web
+    except ImportError as error:
+        raise UserError("serve needs aiohttp: pip install 'moshi-ttt-mlx[web]'") from error
+    from ..serve.guard import Guard, choose_token
+    from ..serve.limits import Limits
+
+    # All that can be wrong without a model is checked first: loading one takes minutes.
+    if args.max_sessions < 1 or args.record_minutes < 0:
+        raise UserError("--max-sessions is 1 or more, --record-minutes 0 or more")
+    if not 0 < args.port < 1 << 16:
+        raise UserError(f"--port is 1..65535, got {args.port}")
+    token = choose_token(args.host, args.token)
+    context = _ssl_context(args)
+    limits = Limits(sessions=args.max_sessions, record_minutes=args.record_minutes)
+    app = _load(args, Guard(args.host, token), limits)
+    address = _address(args, token, secure=context is not None)
+    _greet(args, address, token, secure=context is not None)
+    try:
+        web.run_app(
+            app, host=args.host, port=args.port, ssl_context=context, print=None, access_log=None
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {args.host} port {args.port}: {error.strerror}: "
+            "choose another one with --port"
+        ) from error
+    return 0
+
+
+def _load(args: argparse.Namespace, guard, limits):
+    """The application, with its model loaded on the model's own thread."""
+    from ..serve.app import Server
+    from ..serve.info import describe
+    from ..serve.model_thread import ModelThread
+    from ..serve.shelf import Shelf
+    from ..session import Session
+
+    console, defaults, thread = Console(stderr=True), talk_settings(args), ModelThread()
+
+    def load():
+        model = load_model(args, console)
+        # A talk that is begun and thrown away: bad flags show now, and the first client waits less.
+        Session(model, **defaults).warm_up()
+        return model, describe(model, defaults, limits)
+
+    try:
+        model, info = thread.call(load).result()
+    except KeyboardInterrupt:
+        # The thread may be inside MLX, where no exception reaches it: leave without it.
+        print("\nmoshi-ttt-mlx: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+    except BaseException:
+        thread.close()
+        raise
+
+    def open_session(settings: dict, path: Path | None) -> Session:
+        session = Session(model, **settings) if path is None else Session.load(path, model)
+        session.warm_up()
+        return session
+
+    shelf = Shelf(SessionStore(args.sessions_dir), model.fingerprint)
+    return Server(info, defaults, guard, limits).app(thread, open_session, shelf)
+
+
+def _ssl_context(args: argparse.Namespace) -> ssl.SSLContext | None:
+    cert, key = args.ssl_cert, args.ssl_key
+    if args.ssl:
+        cert, key = cert or f"{args.ssl}/cert.pem", key or f"{args.ssl}/key.pem"
+    if not cert and not key:
+        return None
+    if not cert or not key:
+        raise UserError("--ssl-cert and --ssl-key go together")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot use {cert} with {key}: {reason}") from error
+    return context
+
+
+def _address(args: argparse.Namespace, token: str | None, secure: bool) -> str:
+    host = "localhost" if args.host in _ANY else args.host
+    host = f"[{host}]" if ":" in host else host
+    fragment = f"#token={token}" if token else ""
+    return f"http{'s' if secure else ''}://{host}:{args.port}/{fragment}"
+
+
+def _greet(args: argparse.Namespace, address: str, token: str | None, secure: bool) -> None:
+    from ..serve.guard import is_loopback
+
+    note = Console(stderr=True, highlight=False)
+    if args.hf_repo == "demo":
+        note.print(DEMO_NOTE, style="yellow")
+    if not is_loopback(args.host) and not secure:
+        warning = "without --ssl browsers on other devices give no microphone, and all is readable"
+        note.print(warning, style="yellow")
+    print(f"talk at {address} (Ctrl-C ends)", flush=True)
+    if not args.no_browser and sys.stdout.isatty() and is_loopback(args.host):
+        webbrowser.open(address)
