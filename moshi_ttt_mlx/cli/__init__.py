@@ -12,6 +12,7 @@ from ..lanes import ensure_compile_works, require_moshi_mlx
 # Verb -> what it is for. A verb's module has `add_arguments(parser)` and `run(args) -> int | None`.
 VERBS = {
     "chat": "talk, live: microphone and loudspeaker (the verb when none is named)",
+    "serve": "talk in a browser: a web page and WebSockets, for this machine or others",
     "transcribe": "run a recording through a model: reply, words, subtitles",
     "tokenize": "recorded talks to shards, once, for train and eval",
     "train": "teach a model's memory on shards",
