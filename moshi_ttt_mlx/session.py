@@ -13,6 +13,8 @@ import errno
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,6 +32,8 @@ from .trees import under
 
 FORMAT = "moshi-ttt-mlx session"
 VERSION = 1
+USER = "user"
+"""What a file calls the model that listens to the user (`user_words.py`)."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class SpokenFrame:
         codes: int32 `[K]` of the reply frame that became complete, `max_delay` frames ago, or None.
         pcm: its sound, float32 `[1920]` at 24 kHz, or None (the first frames; models that only write).
         memory_ok: False once the memory has stopped being finite: it is shut, the talk goes on.
+        user: in a `user_words.Dialogue`, what the model that listens to the user wrote meanwhile.
     """
 
     index: int
@@ -80,6 +85,7 @@ class SpokenFrame:
     codes: np.ndarray | None
     pcm: np.ndarray | None
     memory_ok: bool = True
+    user: "SpokenFrame | None" = None
 
 
 class Session:
@@ -156,11 +162,22 @@ class Session:
             ValueError: another shape.
         """
         user = np.asarray(user)
-        codes = user if np.issubdtype(user.dtype, np.integer) else self._listen(user)
+        codes = user if np.issubdtype(user.dtype, np.integer) else self.listen(user)
         user_codes = codes[None, : self.model.lm.cfg.other_codebooks]
         return self._spoken(self.generator.step(user_codes))
 
-    def _listen(self, pcm: np.ndarray) -> np.ndarray:
+    def listen(self, pcm: np.ndarray) -> np.ndarray:
+        """The codes of the next frame of the user's sound: the first half of `step`.
+
+        Args:
+            pcm: as in `step`.
+
+        Returns:
+            int32 `[K]`, as many as the codec makes; `step` takes them, too.
+
+        Raises:
+            ValueError: another shape.
+        """
         if pcm.shape != (self.codec.frame_size,):
             raise ValueError(
                 f"[Session] a frame is [{self.codec.frame_size}] samples, got {list(pcm.shape)}"
@@ -207,7 +224,10 @@ class Session:
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
-        path = Path(path)
+        write_session(Path(path), *self.parts())
+
+    def parts(self) -> tuple[dict[str, mx.array], dict[str, str]]:
+        """What a session file holds: arrays by name, and text by name."""
         arrays, counters = self.generator.state()
         sound, codec_meta = self.codec.state()
         tree = {f"generator.{name}": a for name, a in arrays.items()}
@@ -222,7 +242,7 @@ class Session:
             "codec": json.dumps({"name": self.codec.name, **codec_meta}),
             "transcript": json.dumps(self.transcript.state()),
         }
-        _write_atomically(path, tree, meta)
+        return tree, meta
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> "Session":
@@ -231,13 +251,17 @@ class Session:
         Raises:
             UserError: not a session, a broken one, or one of another model, quantization or version.
         """
-        tree, meta = _read(Path(path))
-        _check_origin(Path(path), meta, model)
-        try:
+        tree, meta = read_session(Path(path))
+        if USER in meta:
+            name = json.loads(meta[USER])["model"]
+            raise UserError(
+                f"{path}: this talk was held with --user-stt {name}: name it again, both go on "
+                "together"
+            )
+        check_origin(Path(path), meta, model)
+        with damage_named(path):
             session = cls(model, **json.loads(meta["settings"]))
             session._restore(tree, meta)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: a damaged session file ({error})") from error
         return session
 
     def _restore(self, tree: dict[str, mx.array], meta: dict[str, str]) -> None:
@@ -253,7 +277,21 @@ class Session:
         self.transcript = Transcript.from_state(json.loads(meta["transcript"]))
 
 
-def _write_atomically(path: Path, tree: dict[str, mx.array], meta: dict[str, str]) -> None:
+@contextmanager
+def damage_named(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong inside, where a session is put together, into a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: a damaged session file ({error})") from error
+
+
+def write_session(path: Path, tree: dict[str, mx.array], meta: dict[str, str]) -> None:
+    """Write a session file, whole or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(".safetensors", f".{path.name}.", path.parent)
@@ -278,7 +316,12 @@ def _has_room(folder: Path, tree: dict[str, mx.array]) -> bool:
     return stat.f_bavail * stat.f_frsize > sum(a.nbytes for a in tree.values())
 
 
-def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+def read_session(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Arrays and text of a session file, as they were given to `write_session`.
+
+    Raises:
+        UserError: no such file, or not a whole one.
+    """
     if not path.is_file():
         raise UserError(f"no session file {path}")
     try:
@@ -292,7 +335,12 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         raise UserError(f"{path}: not a whole session file ({error})") from error
 
 
-def _check_origin(path: Path, meta: dict[str, str], model: Model) -> None:
+def check_origin(path: Path, meta: dict[str, str], model: Model) -> None:
+    """Whether a file holds a talk of this model.
+
+    Raises:
+        UserError: it does not.
+    """
     if meta.get("format") != FORMAT:
         raise UserError(f"{path}: not a session of moshi-ttt-mlx")
     if meta.get("version") != str(VERSION):
