@@ -14,6 +14,7 @@ VERBS = {
     "chat": "talk, live: microphone and loudspeaker (the verb when none is named)",
     "serve": "talk in a browser: a web page and WebSockets, for this machine or others",
     "transcribe": "run a recording through a model: reply, words, subtitles",
+    "sessions": "list, show and remove the talks that --session NAME keeps",
     "tokenize": "recorded talks to shards, once, for train and eval",
     "train": "teach a model's memory on shards",
     "convert": "a PyTorch Moshi-TTT memory to an adapter, or LoRA into a base model",

@@ -24,6 +24,7 @@ from ..transcript import FORMATS
 from .common import (
     DEMO_NOTE,
     add_model_arguments,
+    add_session_argument,
     add_talk_arguments,
     check_folders,
     load_model,
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--record", metavar="FILE", help="wav of the talk: left Moshi, right you")
     for kind in FORMATS:
         parser.add_argument(f"--{kind}", metavar="FILE", help=f"write the words as {kind}")
-    parser.add_argument("--session", metavar="FILE", help="go on with this talk, and save it there")
+    add_session_argument(parser)
     parser.add_argument(
         "--max-seconds", type=float, metavar="S", help="end by itself, for scripts: asks nothing"
     )

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from ..audio import FRAME_SECONDS
 from ..errors import UserError
+from ..session_store import session_label, session_path
 
 DEMO_NOTE = "the demo model is tiny and untrained: its words mean nothing"
 
@@ -67,6 +68,23 @@ def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=int, help="moshi_mlx's limit; not needed: a talk has none")
 
 
+def add_session_argument(parser: argparse.ArgumentParser) -> None:
+    """`--session`; becomes a path."""
+    parser.add_argument(
+        "--session",
+        metavar="NAME|PATH",
+        type=_session,
+        help="go on with this talk, and save it there; a name is kept among `sessions list`",
+    )
+
+
+def _session(text: str) -> str:
+    try:
+        return str(session_path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def load_model(args: argparse.Namespace, console: Console):
     """Load the model that the flags name, saying what takes time."""
     from ..hub import find_files
@@ -113,13 +131,13 @@ def _conditions(args: argparse.Namespace) -> dict[str, str] | None:
 
 
 def open_session(args: argparse.Namespace, model, console: Console):
-    """A new talk, or the one in `--session FILE` where that file exists."""
+    """A new talk, or the one that `--session` names where there is one."""
     from ..session import Session
 
     if args.steps is not None:
         console.print("--steps is not needed: a talk has no limit here", style="dim")
     if args.session and Path(args.session).exists():
-        with console.status(f"resuming {args.session}"):
+        with console.status(f"resuming {session_label(args.session)}"):
             session = Session.load(args.session, model)
         seconds = session.frame * FRAME_SECONDS
         console.print(f"resumed at {seconds // 60:.0f}:{seconds % 60:04.1f}", style="dim")

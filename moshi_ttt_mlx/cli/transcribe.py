@@ -22,6 +22,7 @@ from ..transcript import FORMATS
 from .common import (
     DEMO_NOTE,
     add_model_arguments,
+    add_session_argument,
     add_talk_arguments,
     check_folders,
     load_model,
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channel", type=int, help="take one channel of the input, 0 is the left")
     for kind in FORMATS:
         parser.add_argument(f"--{kind}", metavar="FILE", help=f"write the words as {kind}")
-    parser.add_argument("--session", metavar="FILE", help="go on with this talk, and save it there")
+    add_session_argument(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_model_arguments(parser)
     add_talk_arguments(parser)
