@@ -1,4 +1,4 @@
-"""Keep a talk on disk while it goes on, so that a crash loses seconds: stereo WAV and transcripts.
+"""Keep a talk on disk while it goes on, so that a crash loses little: a recording, and transcripts.
 
 What lives here: :class:`Keeper`, a thread of its own, since a disk may take its time and a reply may
 not. What does not: the session file, which is written by the worker thread (`live.Talk.save`).
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .audio import WavWriter
 from .errors import UserError
+from .recording import Recording
 from .transcript import Transcript
 
 if TYPE_CHECKING:
     from .session import Session, SpokenFrame
 
-REWRITE_SECONDS = 2.0
-"""A transcript on disk is at most this old, while writing it is quick."""
+REWRITE_SECONDS = 1.0
+"""A transcript on disk is at most this old, while writing it is quick; a recording's words always."""
 
 REWRITE_SHARE = 0.05
 """A transcript is rewritten whole, so a long one takes long: no more than this share of the time."""
@@ -36,16 +36,15 @@ _CLOSE_SECONDS = 10.0
 class Keeper:
     """Writes what was heard and said, as it comes.
 
-    The WAV holds what a listener hears: left the reply that came with a step, right the user's frame
-    of that step. The transcripts hold the whole talk, earlier sittings included.
+    A recording holds this sitting. The transcripts hold the whole talk, earlier sittings included.
 
     Args:
-        record: WAV to create or replace; opened at once, so that a typo shows before loading.
+        record: folder for a `Recording`; begun at once, so that a typo shows before loading.
         transcripts: path by format, of `transcript.FORMATS`.
         warn: called with one line, on another thread, when something cannot be written.
 
     Raises:
-        UserError: the WAV cannot be made.
+        UserError: nothing can be recorded there.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Keeper:
         transcripts: Mapping[str, str | PathLike],
         warn: Callable[[str], None],
     ):
-        self._sound = WavWriter(record, channels=2) if record else None
+        self._recording = Recording(record) if record else None
         self._paths, self._warn = dict(transcripts), warn
         self._frames: queue.Queue = queue.Queue(WAITING_FRAMES)
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
@@ -85,14 +84,15 @@ class Keeper:
             with suppress(queue.Full):
                 self._frames.put(None, timeout=_CLOSE_SECONDS)
             self._thread.join(_CLOSE_SECONDS)
-        if self._sound:
-            self._sound.close()
+        self._record(lambda: self._recording.close())
 
     def _run(self) -> None:
         rewrite_at = 0.0
         while (item := self._next()) is not None:
             if item:
                 self._take(*item)
+            else:
+                self._record(lambda: self._recording.settle())
             if self._dirty and time.monotonic() >= rewrite_at:
                 seconds = self._rewrite()
                 rewrite_at = time.monotonic() + max(REWRITE_SECONDS, seconds / REWRITE_SHARE)
@@ -109,14 +109,19 @@ class Keeper:
         if spoken.piece is not None:
             self._words.add(spoken.index, spoken.piece, self._speaker)
             self._dirty = True
-        if self._sound:
-            reply = np.zeros_like(user) if spoken.pcm is None else spoken.pcm
-            try:
-                self._sound.write(np.stack([reply, user]))
-            except UserError as error:
-                self._warn(f"{error} The talk goes on unrecorded.")
-                self._sound.close()
-                self._sound = None
+        self._record(lambda: self._recording.take(spoken, user, self._speaker))
+
+    def _record(self, work: Callable[[], None]) -> None:
+        """Do something with the recording, if there is one; after a fault there is none."""
+        if self._recording is None:
+            return
+        try:
+            work()
+        except UserError as error:
+            self._warn(f"{error} The talk goes on unrecorded.")
+            broken, self._recording = self._recording, None
+            with suppress(UserError):
+                broken.close()
 
     def _rewrite(self) -> float:
         """Write every transcript; returns the seconds it took."""

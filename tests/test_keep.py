@@ -15,8 +15,8 @@ from moshi_ttt_mlx.keep import Keeper
 from moshi_ttt_mlx.session import SpokenFrame
 
 
-def spoken(index, piece=None, pcm=None):
-    return SpokenFrame(index, index * 0.08, "", piece, None, pcm)
+def spoken(index, piece=None, pcm=None, text=""):
+    return SpokenFrame(index, index * 0.08, text, piece, None, pcm)
 
 
 @pytest.fixture
@@ -30,16 +30,22 @@ def begun(record, transcripts, warnings, session=None):
     return keeper
 
 
-def test_the_wav_has_moshi_left_and_the_user_right_step_by_step(tmp_path, warnings):
-    keeper = begun(tmp_path / "talk.wav", {}, warnings)
+def files(folder):
+    """The wav and the words of the one recording in a folder."""
+    (sound,) = folder.glob("talk-*.wav")
+    return sound, sound.with_suffix(".txt")
+
+
+def test_a_recording_goes_into_its_folder(tmp_path, warnings):
+    keeper = begun(tmp_path / "talks", {}, warnings)
     keeper.put(spoken(0), voice(0.25))  # nothing said yet
     keeper.put(spoken(1, pcm=voice(0.5)), SILENCE)
     keeper.close()
-    sound, rate = soundfile.read(tmp_path / "talk.wav", dtype="float32")
+    sound, _ = soundfile.read(files(tmp_path / "talks")[0], dtype="float32")
     expected = np.concatenate(
         [np.stack([SILENCE, voice(0.25)]), np.stack([voice(0.5), SILENCE])], 1
     )
-    assert rate == 24000 and np.array_equal(sound.T, expected) and warnings == []
+    assert np.array_equal(sound.T, expected) and warnings == []
 
 
 def test_every_format_is_written_and_goes_on_from_earlier_words(tmp_path, warnings):
@@ -63,16 +69,19 @@ def test_every_format_is_written_and_goes_on_from_earlier_words(tmp_path, warnin
 def test_a_crash_finds_the_words_on_disk(tmp_path, warnings, monkeypatch):
     monkeypatch.setattr(keep, "REWRITE_SECONDS", 0.05)
     path = tmp_path / "talk.txt"
-    keeper = begun(tmp_path / "talk.wav", {"txt": path}, warnings)
-    keeper.put(spoken(0, "\u2581said", voice(0.5)), SILENCE)
+    keeper = begun(tmp_path / "talks", {"txt": path}, warnings)
+    keeper.put(spoken(0, "\u2581said", voice(0.5), " said"), SILENCE)
     # Never closed. `_frames` empty and a rewrite later the word must be there.
     tick = threading.Event()
+    sound, words = files(tmp_path / "talks")
     for _ in range(400):
-        if path.exists() and path.read_text() == "said\n":
+        if path.exists() and path.read_text() == "said\n" and words.read_text():
             break
         tick.wait(0.025)
     assert path.read_text() == "said\n"
-    assert soundfile.info(tmp_path / "talk.wav").frames == FRAME_SIZE
+    assert soundfile.info(sound).frames == FRAME_SIZE
+    # No frame came after it, so the keeper itself wrote the word that was begun.
+    assert words.read_text() == "0:00.0 moshi: said"
     keeper.close()
 
 
@@ -85,12 +94,12 @@ def test_the_session_s_own_transcript_is_left_alone(tmp_path, warnings):
 
 
 def test_a_full_disk_is_told_once_and_the_words_go_on(tmp_path, warnings, monkeypatch):
-    keeper = Keeper(tmp_path / "talk.wav", {"txt": tmp_path / "talk.txt"}, warnings.append)
+    keeper = Keeper(tmp_path / "talks", {"txt": tmp_path / "talk.txt"}, warnings.append)
 
-    def full(samples):
+    def full(*_):
         raise UserError("talk.wav: no space left after 0.0 s.")
 
-    monkeypatch.setattr(keeper._sound, "write", full)
+    monkeypatch.setattr(keeper._recording, "take", full)
     keeper.begin(FakeSession())
     for index in range(3):
         keeper.put(spoken(index, f"\u2581w{index}", voice()), SILENCE)
@@ -119,6 +128,11 @@ def test_a_disk_that_hangs_costs_no_memory_and_is_told_once(warnings, monkeypatc
     keeper.close()
 
 
-def test_a_wav_that_cannot_be_made_is_refused_at_once(tmp_path, warnings):
+def test_a_recording_that_cannot_be_made_is_refused_at_once(tmp_path, warnings):
     with pytest.raises(UserError, match="nowhere"):
-        Keeper(tmp_path / "nowhere" / "talk.wav", {}, warnings.append)
+        Keeper(tmp_path / "nowhere" / "talks", {}, warnings.append)
+
+
+def test_a_talk_that_never_began_leaves_no_recording(tmp_path, warnings):
+    Keeper(tmp_path / "talks", {}, warnings.append).close()
+    assert list((tmp_path / "talks").iterdir()) == []
