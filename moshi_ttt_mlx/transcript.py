@@ -31,6 +31,9 @@ LINE_CHARS = 42
 CUE_SECONDS = 6.0
 """A cue's longest time on screen."""
 
+NAMES = {"moshi": "Moshi", "user": "You"}
+"""What people read for a speaker; JSON keeps the speaker."""
+
 _CUE_LINES = 2
 # A word's last piece comes before its sound is over, so the shortest gaps are not pauses.
 _PAUSE_SECONDS = 1.0
@@ -280,9 +283,11 @@ def _text(words: list[Word]) -> str:
 
 
 def _names(groups: list[list[Word]]) -> list[str]:
-    """Each group's speaker, or empty names where there is only one."""
+    """The name of each group's speaker, or empty names where there is only one."""
     speakers = [group[0].speaker for group in groups]
-    return speakers if len(set(speakers)) > 1 else [""] * len(groups)
+    if len(set(speakers)) < 2:
+        return [""] * len(groups)
+    return [NAMES.get(speaker, speaker) for speaker in speakers]
 
 
 def _named(name: str, text: str) -> str:

@@ -203,9 +203,10 @@ def test_subtitles_parse_back_to_the_same_words(data):
 def test_two_speakers_are_named_in_every_format(data):
     transcript = spoken(*data[0])
     words = transcript.words
-    by_speaker = {s: [w.text for w in words if w.speaker == s] for s in ("moshi", "user")}
-    assume(all(by_speaker.values()))
-    found = {format: {"moshi": [], "user": []} for format in ("txt", "srt", "vtt")}
+    names = {"moshi": "Moshi", "user": "You"}
+    by_name = {names[s]: [w.text for w in words if w.speaker == s] for s in names}
+    assume(all(by_name.values()))
+    found = {format: {"Moshi": [], "You": []} for format in ("txt", "srt", "vtt")}
     for _, _, voice, lines in parse_vtt(transcript.to_vtt()):
         found["vtt"][voice] += " ".join(lines).split()
     said = [" ".join(lines) for _, _, lines in parse_srt(transcript.to_srt())]
@@ -213,7 +214,7 @@ def test_two_speakers_are_named_in_every_format(data):
         for line in lines:
             name, text = line.split(": ", 1)
             found[format][name] += text.split()
-    assert found == dict.fromkeys(found, by_speaker)
+    assert found == dict.fromkeys(found, by_name)
 
 
 def test_a_pause_begins_a_new_cue_and_a_new_line():
