@@ -92,17 +92,17 @@ class FakeTalk:
 class FakeServer:
     """`with FakeServer() as server:` then `server.url`.
 
-    Attributes for tests: `talks` by key, `first_messages`, `deaf` (connections are cut at once),
-    `warnings` (sent with the next frame), `info` (the answer of /api/info).
+    Attributes for tests: `talks` by key, `first_messages`, `deaf` (no connection is taken), `places`
+    (0: all are taken), `quiet` (says nothing by itself but sound), `info` (the answer of /api/info).
     """
 
     _numbers: ClassVar = itertools.count(1)
 
-    def __init__(self, host="127.0.0.1", port=0, ssl=None):
-        self.host, self.port, self.ssl = host, port, ssl
+    def __init__(self, port=0):
+        self.port = port
         self.info = {**INFO}
         self.talks, self.saved, self.first_messages = {}, {}, []
-        self.sockets, self.warnings, self.deaf, self.places = set(), [], False, 1
+        self.sockets, self.deaf, self.places, self.quiet = {}, False, 1, False
 
     def __enter__(self):
         started = threading.Event()
@@ -125,9 +125,7 @@ class FakeServer:
 
     def _abort(self):
         for socket in list(self.sockets):
-            transport = socket.get_extra_info("transport")
-            if transport:
-                transport.abort()
+            self.sockets[socket].abort()
 
     def send(self, message):
         """Send a JSON message on every connection."""
@@ -146,15 +144,15 @@ class FakeServer:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application()
         app.on_response_prepare.append(self._secure)
-        app.router.add_get("/", lambda _: web.FileResponse(STATIC / "index.html"))
+        app.router.add_get("/", self._page)
         app.router.add_static("/static", STATIC)
-        app.router.add_get("/api/info", lambda _: web.json_response(self.info))
+        app.router.add_get("/api/info", self._info)
         app.router.add_get("/api/sessions", self._sessions)
         app.router.add_get("/api/talks/{key}/{file}", self._download)
         app.router.add_get("/api/talk", self._talk)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, self.host, self.port)
+        site = web.TCPSite(runner, "127.0.0.1", self.port)
         await site.start()
         self.port = site._server.sockets[0].getsockname()[1]
         started.set()
@@ -165,9 +163,16 @@ class FakeServer:
     async def _secure(self, _, response):
         response.headers["Content-Security-Policy"] = CSP
 
+    async def _page(self, _):
+        return web.FileResponse(STATIC / "index.html")
+
+    async def _info(self, _):
+        return web.json_response(self.info)
+
     async def _sessions(self, _):
-        found = [{"name": name, "age": talk.frame * 0.08} for name, talk in self.saved.items()]
-        return web.json_response({"sessions": found})
+        saved = self.saved.items()
+        found = [{"session": name, "age": t.frame * 0.08, "fits": True} for name, t in saved]
+        return web.json_response(found)
 
     async def _download(self, request):
         talk = self.talks[request.match_info["key"]]
@@ -179,11 +184,11 @@ class FakeServer:
             raise web.HTTPServiceUnavailable
         socket = web.WebSocketResponse()
         await socket.prepare(request)
-        self.sockets.add(socket)
+        self.sockets[socket] = request.transport
         try:
             await self._converse(socket)
         finally:
-            self.sockets.discard(socket)
+            del self.sockets[socket]
         return socket
 
     async def _converse(self, socket):
@@ -226,12 +231,10 @@ class FakeServer:
             return
         pcm, piece = talk.step(samples)
         await socket.send_bytes(pcm.astype("<f4").tobytes())
-        if piece:
+        if piece and not self.quiet:
             await socket.send_json({"type": "word", **piece})
-        if talk.frame % 4 == 0:
+        if talk.frame % 4 == 0 and not self.quiet:
             await socket.send_json(talk.meter())
-        while self.warnings:
-            await socket.send_json({"type": "warning", "message": self.warnings.pop()})
 
     async def _obey(self, socket, talk, request):
         """Answer one request; True when it was the last."""

@@ -137,7 +137,7 @@ function newTalk() {
   on('meter', showMeter);
   on('memory', ({ mode }) => memory.setMode(mode));
   on('saved', ({ session: name }) => showSaved(name));
-  on('warning', ({ message }) => notice.say('Warning', message, { kind: 'warning' }));
+  on('warning', showWarning);
   on('error', ({ message }) => notice.say('That did not work', message));
   return made;
 }
@@ -270,6 +270,11 @@ function showSaved(name) {
 function showProblem(key) {
   if (key) notice.show(key, { kind: 'warning' });
   else for (const passed of ['zeros', 'suspended']) notice.hide(passed);
+}
+
+/** The server notices a mute microphone too; the page's own message goes away by itself. */
+function showWarning({ message }) {
+  if (notice.key !== 'zeros') notice.say('Warning', message, { kind: 'warning' });
 }
 
 function playFrame(frame) {

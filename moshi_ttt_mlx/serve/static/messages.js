@@ -42,7 +42,7 @@ export const MESSAGES = {
   suspended: ['The browser stopped the sound', 'Press any key or click anywhere to go on.'],
   'server-gone': [
     'The server does not answer',
-    'Is moshi-ttt-mlx serve still running? This page tries again by itself.',
+    'Is moshi-ttt-mlx serve still running? Start it again where it was started.',
   ],
   refused: [
     'The server refused the talk',

@@ -9,6 +9,19 @@ export function withToken(path, token) {
   return token ? `${path}?token=${encodeURIComponent(token)}` : path;
 }
 
+function text(className, words) {
+  const made = document.createElement('span');
+  made.className = className;
+  made.textContent = words;
+  made.title = words;
+  return made;
+}
+
+function about(age, fits) {
+  if (age == null) return 'damaged';
+  return fits ? clock(age) : 'another model’s';
+}
+
 export class SavedTalks {
   /** @param {(name: string) => void} onResume */
   constructor(onResume) {
@@ -19,32 +32,33 @@ export class SavedTalks {
   async refresh(token) {
     const response = await fetch(withToken('/api/sessions', token));
     if (!response.ok) return;
-    const { sessions } = await response.json();
-    this.names = new Set(sessions.map(({ name }) => name));
-    $('saved').replaceChildren(...sessions.map((session) => this.#item(session)));
-    $('saved-none').hidden = sessions.length > 0;
+    const talks = await response.json();
+    this.names = new Set(talks.map(({ session }) => session));
+    $('saved').replaceChildren(...talks.map((talk) => this.#item(talk)));
+    $('saved-none').hidden = talks.length > 0;
   }
 
-  #item({ name, age }) {
+  #item({ session, age, fits }) {
     const item = document.createElement('li');
-    const label = document.createElement('span');
-    label.className = 'saved-name';
-    label.textContent = name;
-    const time = document.createElement('span');
-    time.className = 'quiet';
-    time.textContent = age == null ? '' : clock(age);
+    item.append(text('saved-name', session), text('quiet', about(age, fits)));
+    if (fits) item.append(this.#button(session));
+    return item;
+  }
+
+  #button(session) {
     const button = document.createElement('button');
     button.type = 'button';
     button.className = 'button small';
     button.textContent = 'Resume';
-    button.setAttribute('aria-label', `Resume ${name}`);
-    button.addEventListener('click', () => this.onResume(name));
-    item.append(label, time, button);
-    return item;
+    button.setAttribute('aria-label', `Resume ${session}`);
+    button.addEventListener('click', () => this.onResume(session));
+    button.disabled = !this.allowed;
+    return button;
   }
 
   /** No second talk beside the first. */
   allow(allowed) {
+    this.allowed = allowed;
     for (const button of $('saved').querySelectorAll('button')) button.disabled = !allowed;
   }
 }

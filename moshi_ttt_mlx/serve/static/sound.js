@@ -6,7 +6,8 @@
 //   sound.play(frame);
 
 export const RATE = 24000;
-const ZERO_SECONDS = 3; // exact zeros for this long are no pause in speech
+const ZERO_SECONDS = 2.5; // exact zeros for this long are no pause in speech
+const MUTED = 1e-6; // sent while muted here: exact zeros would make the server warn of a fault
 const FRAME_SECONDS = 0.08;
 
 /** Why this browser cannot talk, as a key of messages.js, or null when it can. */
@@ -39,7 +40,11 @@ async function askMicrophone({ microphone, echoCancellation, noiseSuppression, a
 }
 
 async function openWorklet(context, name, options) {
-  await context.audioWorklet.addModule(`/static/${name}-worklet.js`);
+  try {
+    await context.audioWorklet.addModule(`/static/${name}-worklet.js`);
+  } catch (error) {
+    throw new SoundError('server-gone', { cause: error }); // the module comes from there
+  }
   return new AudioWorkletNode(context, name, options);
 }
 
@@ -128,7 +133,7 @@ export class Sound {
   #heard({ frame, level }) {
     this.#watchZeros(level);
     this.on.onHeard(level);
-    this.on.onFrame(frame);
+    this.on.onFrame(this.muted ? frame.fill(MUTED) : frame);
   }
 
   #watchZeros(level) {
