@@ -267,6 +267,43 @@ def test_stt_gets_the_silence_it_was_trained_with(delay, prefix, frames, wav, tm
         assert f"{frames - already} frames" in capfd.readouterr().err
 
 
+# -- the user's words, too -------------------------------------------------------------------------
+
+
+def by_speaker(path, speaker):
+    words = json.loads(path.read_text())["words"]
+    return [word for word in words if word["speaker"] == speaker]
+
+
+def test_user_stt_adds_the_users_words_and_changes_no_other(run, models, wav, tmp_path):
+    both, moshi, stt = (tmp_path / name for name in ("both", "moshi", "stt"))
+    listening = ["--user-stt", models["stt"]]
+    out = run(wav, tmp_path / "both.wav", "--json", both, "--txt", tmp_path / "txt", *listening)
+    run(wav, tmp_path / "moshi.wav", "--json", moshi)
+    run(wav, "--json", stt, "--temp", 0, model="stt")
+    assert by_speaker(both, "moshi") == by_speaker(moshi, "moshi") != []
+    assert by_speaker(both, "user") == by_speaker(stt, "user") != []
+    assert (tmp_path / "both.wav").read_bytes() == (tmp_path / "moshi.wav").read_bytes()
+    assert out == (tmp_path / "txt").read_text()
+    assert {line.partition(": ")[0] for line in out.splitlines()} == {"Moshi", "You"}
+
+
+def test_user_stt_goes_on_in_a_session(run, models, tmp_path):
+    samples, talk, listening = voice(12), tmp_path / "talk.session", ["--user-stt", models["stt"]]
+    run(write(tmp_path / "whole.wav", samples), "--json", tmp_path / "whole", *listening)
+    for i, half in enumerate((samples[: 5 * FRAME], samples[5 * FRAME :])):
+        wav = write(tmp_path / f"{i}.wav", half)
+        run(wav, "--json", tmp_path / "half", "--session", talk, *listening)
+    assert words_of(tmp_path / "half") == words_of(tmp_path / "whole")
+    assert "name it again" in run(wav, "--session", talk, status=2)
+
+
+def test_user_stt_takes_the_right_kind_of_model(run, models, wav):
+    assert "expected a speech-to-text" in run(wav, "--user-stt", models["moshi"], status=2)
+    assert "leave out --user-stt" in run(wav, "--user-stt", models["stt"], model="stt", status=2)
+    assert "no folder ./none" in run(wav, "--user-stt", "./none", status=2)
+
+
 # -- odd recordings -------------------------------------------------------------------------------
 
 

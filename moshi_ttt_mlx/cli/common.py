@@ -68,6 +68,15 @@ def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=int, help="moshi_mlx's limit; not needed: a talk has none")
 
 
+def add_user_stt_argument(parser: argparse.ArgumentParser) -> None:
+    """`--user-stt`; see `load_user_stt`."""
+    parser.add_argument(
+        "--user-stt",
+        metavar="REPO|DIR",
+        help="speech-to-text model for your side of the transcript: kyutai/stt-1b-en_fr-mlx",
+    )
+
+
 def add_session_argument(parser: argparse.ArgumentParser) -> None:
     """`--session`; becomes a path."""
     parser.add_argument(
@@ -105,6 +114,21 @@ def load_model(args: argparse.Namespace, console: Console):
         return load_files(files, args.adapter_path, args.codec, status.update)
 
 
+def load_user_stt(args: argparse.Namespace, console: Console):
+    """Load the model that `--user-stt` names; None where it names none."""
+    from ..hub import find_files
+    from ..model import load_files
+
+    if args.user_stt is None:
+        return None
+    files = find_files(
+        args.user_stt,
+        progress=lambda message: console.print(message, style="dim", highlight=False),
+    )
+    with console.status("loading the model for your words") as status:
+        return load_files(files, codec=args.codec, progress=status.update)
+
+
 def _calm_huggingface_hub(verbose: bool, quiet: bool) -> None:
     from huggingface_hub.utils import disable_progress_bars, logging
 
@@ -130,15 +154,21 @@ def _conditions(args: argparse.Namespace) -> dict[str, str] | None:
     return dict(text.split("=", 1) for text in args.condition)
 
 
-def open_session(args: argparse.Namespace, model, console: Console):
-    """A new talk, or the one that `--session` names where there is one."""
+def open_session(args: argparse.Namespace, model, console: Console, listener=None):
+    """A new talk, or the one that `--session` names where there is one.
+
+    Args:
+        listener: a model for the user's words: then the talk is a `Dialogue`.
+    """
     from ..session import Session
+    from ..user_words import Dialogue
 
     if args.steps is not None:
         console.print("--steps is not needed: a talk has no limit here", style="dim")
+    kind, models = (Dialogue, (model, listener)) if listener else (Session, (model,))
     if args.session and Path(args.session).exists():
         with console.status(f"resuming {session_label(args.session)}"):
-            session = Session.load(args.session, model)
+            session = kind.load(args.session, *models)
         seconds = session.frame * FRAME_SECONDS
         console.print(f"resumed at {seconds // 60:.0f}:{seconds % 60:04.1f}", style="dim")
         if ignored := _ignored(talk_settings(args), session.settings):
@@ -146,7 +176,7 @@ def open_session(args: argparse.Namespace, model, console: Console):
                 f"a resumed talk keeps its settings: {', '.join(ignored)} not used", style="yellow"
             )
         return session
-    return Session(model, **talk_settings(args))
+    return kind(*models, **talk_settings(args))
 
 
 def _ignored(asked: dict, kept) -> list[str]:

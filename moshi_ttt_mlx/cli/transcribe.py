@@ -1,6 +1,7 @@
 """Run a recording through a model: Moshi's reply and words, or (stt models) a transcript.
 
-Words go to stdout as they come; the progress bar and messages go to stderr.
+Words go to stdout as they come, or at the end where two speakers' are put in order (--user-stt); the
+progress bar and messages go to stderr.
 """
 
 import argparse
@@ -24,8 +25,10 @@ from .common import (
     add_model_arguments,
     add_session_argument,
     add_talk_arguments,
+    add_user_stt_argument,
     check_folders,
     load_model,
+    load_user_stt,
     open_session,
 )
 
@@ -39,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channel", type=int, help="take one channel of the input, 0 is the left")
     for kind in FORMATS:
         parser.add_argument(f"--{kind}", metavar="FILE", help=f"write the words as {kind}")
+    add_user_stt_argument(parser)
     add_session_argument(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_model_arguments(parser)
@@ -54,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         model = load_model(args, console)
         if args.outfile and not model.speaks:
             raise UserError(f"{model.name} only writes: leave out {args.outfile}")
-        session = open_session(args, model, console)
+        session = open_session(args, model, console, load_user_stt(args, console))
         # Last of all, so that a failure before it leaves an older file whole.
         sound = WavWriter(args.outfile, 2 if args.stereo else 1) if args.outfile else None
         if sound:
@@ -111,8 +115,10 @@ def _progress(console: Console) -> Progress:
 class _Listener:
     """Steps the session on, prints its words, writes its reply, moves the bar."""
 
-    def __init__(self, session, sound: WavWriter | None, bar: Progress, total: int | None):
-        self.session, self.sound, self.bar = session, sound, bar
+    def __init__(
+        self, session, sound: WavWriter | None, bar: Progress, total: int | None, prints: bool
+    ):
+        self.session, self.sound, self.bar, self.prints = session, sound, bar, prints
         self.task = bar.add_task("", total=total, speed="", clock="")
         self.started, self.heard, self.memory_ok = time.monotonic(), 0, True
         # The user's frames whose reply is still to come; of a resumed talk they are not known.
@@ -120,7 +126,7 @@ class _Listener:
 
     def hear(self, pcm: np.ndarray) -> None:
         spoken = self.session.step(pcm)
-        if spoken.text:
+        if spoken.text and self.prints:
             _print_words(spoken.text, self.bar)
         if self.memory_ok and not spoken.memory_ok:
             self.bar.console.print(MEMORY_BROKE, style="yellow")
@@ -148,7 +154,7 @@ def _talk(session, frames: FrameReader, sound, args, console: Console) -> None:
     """Step through the recording; on an interruption keep what there is."""
     before, after = _padding(session)
     with _progress(console) as bar:
-        listener = _Listener(session, sound, bar, frames.total_frames)
+        listener = _Listener(session, sound, bar, frames.total_frames, not args.user_stt)
         try:
             for pcm in itertools.chain([SILENCE] * before, frames):
                 listener.hear(pcm)
@@ -159,8 +165,10 @@ def _talk(session, frames: FrameReader, sound, args, console: Console) -> None:
             session.save(args.session)
         for _ in range(after):
             listener.hear(SILENCE)
+        if args.user_stt:
+            session.finish()
         listener.finish()
-    print(flush=True)
+    print(session.transcript.to_txt() if args.user_stt else "\n", end="", flush=True)
 
 
 def _print_words(text: str, bar: Progress) -> None:
