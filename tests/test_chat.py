@@ -5,14 +5,16 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from fake_talk import FakeDevice, FakeSession, PlayingDevice, voice
 from rich.console import Console
 
+from moshi_ttt_mlx import live
 from moshi_ttt_mlx.cli import chat, main, screen
 from moshi_ttt_mlx.errors import UserError
-from moshi_ttt_mlx.live import Status, Talk
+from moshi_ttt_mlx.live import MemoryStatus, Status, Talk
 
 WAIT = 20  # seconds until a test gives up
 
@@ -51,6 +53,7 @@ def stage(monkeypatch):
 
     class Stage:
         session = FakeSession()
+        is_plugged_in = True
         microphone = SpeakingDevice()
         answers = ()
 
@@ -66,6 +69,7 @@ def stage(monkeypatch):
     monkeypatch.setattr(chat, "find_device", lambda kind, name: (kind, name))
     monkeypatch.setattr(chat, "Microphone", lambda device: stage.microphone)
     monkeypatch.setattr(chat, "Loudspeaker", lambda device: PlayingDevice("speaker"))
+    monkeypatch.setattr(chat, "find_again", lambda *streams: stage.is_plugged_in)
     monkeypatch.setattr(chat, "load_model", lambda args, console: None)
     monkeypatch.setattr(chat, "open_session", lambda args, model, console: stage.session)
     return stage
@@ -83,6 +87,13 @@ def terminal(monkeypatch):
         return out
 
     return make
+
+
+@pytest.fixture
+def sessions(tmp_path, monkeypatch):
+    """The folder of named sessions."""
+    monkeypatch.setenv("MOSHI_TTT_SESSIONS", str(tmp_path / "sessions"))
+    return tmp_path / "sessions"
 
 
 def interrupt(number=signal.SIGINT):
@@ -113,11 +124,12 @@ def _not_under_nohup():
 def test_a_signal_ends_the_talk_cleanly_and_saves_it(stage, tmp_path, number, capsys):
     stage.microphone = SpeakingDevice(then=interrupt(number))
     before = signal.getsignal(number)
-    words, sound = tmp_path / "t.txt", tmp_path / "t.wav"
-    flags = ["--session", str(tmp_path / "s"), "--txt", str(words), "--record", str(sound)]
+    words, kept = tmp_path / "t.txt", tmp_path / "kept"
+    flags = ["--session", str(tmp_path / "s"), "--txt", str(words), "--record", str(kept)]
     assert stage.run(*flags) == 0
     assert stage.session.saved == [str(tmp_path / "s")]
     assert words.read_text().split() == [f"w{n}" for n in range(stage.session.frame)]
+    (sound,) = kept.glob("*.wav")
     assert sound.stat().st_size > stage.session.frame * 1920 * 4
     assert not stage.microphone.active
     assert signal.getsignal(number) == before
@@ -157,7 +169,7 @@ def test_ctrl_c_at_the_prompt_leaves(stage, terminal, monkeypatch, ending):
     monkeypatch.setattr(chat, "_ask", lambda console: interrupt()() or "kept")
     stage.microphone = SpeakingDevice(then=interrupt() if ending == "by Ctrl-C" else unplug)
     with pytest.raises(Quit, match="130"):
-        stage.run()
+        stage.run("--max-wait", "0")
     assert stage.session.saved == []
 
 
@@ -176,13 +188,30 @@ def test_on_a_terminal_ctrl_c_asks_and_no_keeps_nothing(stage, terminal, answer)
     assert stage.session.saved == []
 
 
-def test_yes_keeps_the_talk_under_the_proposed_name(stage, terminal, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_yes_keeps_the_talk_under_the_proposed_name(stage, terminal, sessions):
     out = terminal("y")
     stage.microphone = SpeakingDevice(then=interrupt())
     stage.run()
-    (name,) = stage.session.saved
-    assert name.startswith("talk-") and f"--session {name}" in out.getvalue()
+    (path,) = map(Path, stage.session.saved)
+    assert path.parent == sessions and path.name.startswith("talk-")
+    assert f"--session {path.stem}\n" in out.getvalue()
+
+
+def test_a_name_is_a_name_at_the_prompt_too(stage, terminal, sessions):
+    terminal("../x y", "a\tb", "monday")
+    stage.microphone = SpeakingDevice(then=interrupt())
+    stage.session.save = refusing("../x y", stage.session.saved)
+    stage.run()
+    assert stage.session.saved == [str(sessions / "monday.session")]
+
+
+def refusing(path, saved):
+    def save(asked):
+        if asked == path:
+            raise UserError("could not save the session")
+        saved.append(asked)
+
+    return save
 
 
 def test_a_name_that_is_taken_or_cannot_be_written_is_asked_again(stage, terminal, tmp_path):
@@ -251,13 +280,39 @@ def test_a_lost_device_is_told_and_everything_is_saved(stage, tmp_path, capsys):
         stage.microphone.active = False
 
     stage.microphone = SpeakingDevice(then=unplug)
-    assert stage.run("--session", str(tmp_path / "s"), "--txt", str(tmp_path / "t")) == 1
+    flags = ["--max-wait", "0", "--session", str(tmp_path / "s"), "--txt", str(tmp_path / "t")]
+    assert stage.run(*flags) == 1
     assert "'mic' is gone: the talk is over" in capsys.readouterr().err
     assert stage.session.saved and (tmp_path / "t").read_text().startswith("w0")
 
 
+def test_a_device_that_comes_back_is_one_warning_and_one_note(stage, monkeypatch, capsys):
+    monkeypatch.setattr(live, "_RETRY_SECONDS", 0.01)
+
+    def unplug():
+        stage.microphone.active, stage.microphone.then = False, lambda: None
+
+    stage.microphone = SpeakingDevice(then=unplug)
+    assert stage.run("--max-seconds", "1.6") == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {chat.DEMO_NOTE}",
+        "warning: 'mic' is gone: plug it in again, the talk waits for it",
+        "'mic' is back: the talk goes on",
+    ]
+    assert stage.session.frame == 20
+
+
+def test_a_quiet_start_reaches_the_talk_and_only_a_model_that_speaks(stage, capsys):
+    assert stage.run("--no-greeting", "--max-seconds", "0.4") == 0
+    assert capsys.readouterr().out == ""  # the first frame is taken for the room
+    stage.session = FakeSession(speaks=False)
+    stage.session.model.name = "an stt model"
+    assert stage.run("--no-greeting") == 2
+    assert "an stt model only writes: leave out --no-greeting" in capsys.readouterr().err
+
+
 def test_a_talk_whose_terminal_goes_away_is_saved(stage, tmp_path, monkeypatch, capsys):
-    def said(self, text, time):
+    def said(self, text, time, speaker):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(screen.PlainScreen, "said", said)
@@ -279,7 +334,7 @@ def test_an_error_of_loading_is_one_line(stage, monkeypatch, capsys):
 def test_bad_flags_cost_no_loading(stage, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(chat, "load_model", lambda *args: pytest.fail("loaded"))
     assert stage.run("--txt", str(tmp_path / "nowhere" / "t.txt")) == 2
-    assert stage.run("--record", str(tmp_path)) == 2
+    assert stage.run("--record", str(tmp_path / "talk.wav")) == 2
 
     def no_device(kind, name):
         raise UserError("found no microphone")
@@ -300,6 +355,111 @@ def test_devices_are_listed_and_passed_on(stage, monkeypatch, capsys):
     assert asked == [("input", "usb"), ("output", "3")]
 
 
+# ---- keys
+
+
+class FakeKeys:
+    """Presses one key each time it is asked once the talk has begun, then waits for what it did."""
+
+    fd = 0
+
+    def __init__(self, stage, presses):
+        self.stage, self.presses, self.restored = stage, list(presses), False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.restored = True
+
+    restore = __exit__
+
+    def read(self):
+        frames = self.stage.session.frame
+        if not self.presses or not self.stage.talk.started or frames < self.presses[0][0]:
+            return ""
+        return self.presses.pop(0)[1]
+
+
+@pytest.fixture
+def keys(stage, monkeypatch):
+    """Makes chat read these keys, each once so many frames have passed; returns what it prints."""
+
+    def make(*presses):
+        stage.keys = FakeKeys(stage, presses)
+        console = Console(file=io.StringIO(), width=300)
+        live_screen = screen.LiveScreen(console, has_keys=True)
+        monkeypatch.setattr(chat, "make_screen", lambda: (live_screen, console, stage.keys))
+        return console.file
+
+    return make
+
+
+def test_q_ends_the_talk_as_ctrl_c_does(stage, keys, tmp_path):
+    out = keys((3, "q"))
+    assert stage.run("--session", str(tmp_path / "s")) == 0
+    assert stage.session.saved == [str(tmp_path / "s")] and "talked 0:" in out.getvalue()
+    assert stage.keys.restored
+
+
+def test_m_mutes_and_unmutes(stage, keys):
+    keys((3, "m"), (10, "mm"), (20, "m"), (30, "q"))
+    stage.run()
+    loud = [bool(user.any()) for user in stage.session.users]
+    first, last = loud.index(False), len(loud) - loud[::-1].index(False)
+    assert all(loud[:first]) and not any(loud[first:last]) and all(loud[last:])
+    assert 3 <= first <= last - 10 and last < len(loud)
+
+
+def test_p_stops_the_talk_and_starts_it_again(stage, keys, monkeypatch):
+    keys((5, "p"), (5, ""), (5, "p"), (12, "q"))
+    paused = []
+
+    def press(key, args, talk):
+        if key == "p" and talk.paused:
+            paused.append((talk.session.frame, talk.status().paused))
+        real(key, args, talk)
+
+    real = chat._press
+    monkeypatch.setattr(chat, "_press", press)
+    stage.run()
+    assert len(paused) == 1 and paused[0][1] and stage.session.frame >= 12
+    assert stage.talk.status().underruns == 0
+
+
+def test_s_names_a_talk_once_and_saves_it_there_at_the_end_too(stage, keys, sessions):
+    out = keys((3, "s"), (10, "s"), (20, "q"))
+    stage.run()
+    (name,) = set(stage.session.saved)
+    assert len(stage.session.saved) == 3 and Path(name).parent == sessions
+    assert f"saved as {Path(name).stem}\n" in out.getvalue()
+
+
+def test_s_saves_where_the_talk_came_from(stage, keys, sessions):
+    keys((3, "s"), (10, "q"))
+    stage.run("--session", "monday")
+    assert stage.session.saved == [str(sessions / "monday.session")] * 2
+
+
+def test_s_on_a_full_disk_is_a_warning_and_the_talk_goes_on(stage, keys, tmp_path):
+    def save(path):
+        raise UserError(f"could not save the session to {path}: the disk is full; the talk goes on")
+
+    stage.session.save = save
+    out = keys((3, "s"), (20, "q"))
+    assert stage.run("--session", str(tmp_path / "s")) == 2  # nor could it be saved at the end
+    assert "the disk is full; the talk goes on" in out.getvalue() and stage.session.frame >= 20
+
+
+def test_s_where_no_folder_can_be_made_is_a_warning(stage, keys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOSHI_TTT_SESSIONS", str(tmp_path / "file" / "x"))
+    out = keys((3, "s"), (10, "xyz\n"), (20, "q"))
+    monkeypatch.setattr(chat, "_ask", lambda console: None)
+    assert stage.run() == 0
+    assert "cannot make the folder" in out.getvalue() and stage.session.frame >= 20
+
+
 # ---- the screen
 
 
@@ -312,25 +472,27 @@ def drawn(actions, width=60):
 
 def test_paragraphs_begin_after_a_pause_and_carry_their_time():
     def actions(live):
-        live.said(" Hel", 1.0)
+        live.said(" Hel", 1.0, "moshi")
         live.show(Status())
-        live.said("lo", 1.08)
-        live.said(" there", 1.2)
-        live.said(" again", 65.0)
+        live.said("lo", 1.08, "moshi")
+        live.said(" there", 1.2, "moshi")
+        live.said(" again", 65.0, "moshi")
 
     assert drawn(actions).splitlines()[:2] == ["0:01 Hello there", "1:05 again"]
 
 
 def test_a_pause_inside_a_word_does_not_break_it():
     def actions(live):
-        live.said(" Hel", 1.0)
-        live.said("lo", 9.0)
+        live.said(" Hel", 1.0, "moshi")
+        live.said("lo", 9.0, "moshi")
 
     assert "0:01 Hello" in drawn(actions)
 
 
 def test_a_long_paragraph_goes_up_so_that_the_live_part_stays_small():
-    lines = drawn(lambda live: [live.said(f" word{n}", n * 0.2) for n in range(200)]).splitlines()
+    lines = drawn(
+        lambda live: [live.said(f" word{n}", n * 0.2, "moshi") for n in range(200)]
+    ).splitlines()
     words = " ".join(lines).split()
     assert [w for w in words if w.startswith("word")] == [f"word{n}" for n in range(200)]
     assert sum(":" in w for w in words) > 3
@@ -338,7 +500,7 @@ def test_a_long_paragraph_goes_up_so_that_the_live_part_stays_small():
 
 def test_markup_in_words_and_warnings_is_text():
     def actions(live):
-        live.said(" [red]x[/red]", 0.0)
+        live.said(" [red]x[/red]", 0.0, "moshi")
         live.warn("device [bold]usb[/bold]")
 
     out = drawn(actions)
@@ -366,3 +528,43 @@ def test_the_status_line_leaves_room_for_the_terminal_s_own_ctrl_c():
 @pytest.mark.parametrize(("level", "lit"), [(-100, 0), (-56, 0), (-28, 4), (0, 8), (6, 8)])
 def test_level_bars(level, lit):
     assert screen.bar(level).count("▮") == lit and len(screen.bar(level)) == 8
+
+
+def test_two_speakers_have_names_and_a_paragraph_each():
+    def actions(live):
+        live.said(" Hello", 1.0, "moshi")
+        live.said(" yes", 1.2, "user")
+        live.said(" there", 1.4, "moshi")
+        live.show(Status())
+
+    lines = drawn(actions).splitlines()
+    assert lines[:2] == ["0:01 moshi Hello there", "0:01 user yes"]
+
+
+@pytest.mark.parametrize(
+    ("status", "word"),
+    [
+        (Status(muted=True), "MUTED"),
+        (Status(paused=True, muted=True), "PAUSED"),
+        (Status(waiting_for="usb [mic]", paused=True), "WAITING FOR usb [mic]"),
+        (Status(hushed=True), "SPEAK FIRST"),
+    ],
+)
+def test_why_it_is_silent_comes_first(status, word):
+    assert screen.status_line(status).plain.startswith(f"{word}  0:00")
+
+
+def test_the_memory_line():
+    line = screen.memory_line(Status(window=3000, filled=525))
+    assert line.plain == "window 525/3000"
+    shut = screen.memory_line(Status(window=9, filled=9, memory=MemoryStatus(0)))
+    assert shut.plain == "window 9/9  memory off"
+    memory = MemoryStatus(layers=16, updates=131, step=0.00213, drift=0.0134, gate=0.42)
+    line = screen.memory_line(Status(memory=memory)).plain
+    assert line.endswith("memory 16 layers  131 updates  step 0.0021  drift 0.013  gate 0.42")
+
+
+def test_keys_say_what_they_do_now():
+    assert screen.key_line(Status()).plain.split()[:4] == ["m", "mute", "p", "pause"]
+    now = screen.key_line(Status(muted=True, paused=True)).plain
+    assert now.split() == ["m", "unmute", "p", "go", "on", "s", "save", "q", "quit"]

@@ -1,7 +1,8 @@
 """Talk with Moshi, live: microphone in, loudspeaker out, for as long as you like.
 
-Ctrl-C ends the talk and offers to keep it; a second one quits at once. Into a pipe only words go to
-stdout and warnings to stderr. Exit status 1 when a device went away; all is saved then, too.
+Keys: m mute, p pause, s save, q quit. Ctrl-C ends the talk, too, and offers to keep it; a second one
+quits at once. Into a pipe only words go to stdout and warnings to stderr. A device that is unplugged
+is waited for; exit status 1 when it stays away; all is saved then, too.
 """
 
 import argparse
@@ -12,14 +13,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from rich.console import Console
 
-from ..devices import Loudspeaker, Microphone, describe_devices, find_device
+from ..devices import Loudspeaker, Microphone, describe_devices, find_again, find_device
 from ..errors import UserError
 from ..keep import Keeper
-from ..live import Ended, Ready, Said, Status, Talk, Warned
+from ..live import MAX_WAIT_SECONDS, Ended, Noted, Ready, Said, Saved, Status, Talk, Warned
+from ..session_store import session_label, session_path
 from ..transcript import FORMATS
 from .common import (
     DEMO_NOTE,
@@ -42,7 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--output-device", metavar="NAME|N", help="loudspeaker, likewise")
     group.add_argument("--list-devices", action="store_true", help="show the devices and leave")
-    group.add_argument("--record", metavar="FILE", help="wav of the talk: left Moshi, right you")
+    group.add_argument(
+        "--max-wait",
+        type=float,
+        default=MAX_WAIT_SECONDS,
+        metavar="S",
+        help="wait so long for a device that was unplugged (default: %(default).0f)",
+    )
+    group.add_argument(
+        "--record", metavar="DIR", help="keep wav (left Moshi, right you) and words there"
+    )
+    group.add_argument(
+        "--no-greeting", action="store_true", help="nothing is said before you speak"
+    )
     for kind in FORMATS:
         parser.add_argument(f"--{kind}", metavar="FILE", help=f"write the words as {kind}")
     add_session_argument(parser)
@@ -58,37 +71,49 @@ def run(args: argparse.Namespace) -> int:
         print(describe_devices())
         return 0
     # All that can be wrong without a model is checked first: loading one takes minutes.
-    check_folders(args.record, args.session, *(getattr(args, kind) for kind in FORMATS))
+    check_folders(args.session, *(getattr(args, kind) for kind in FORMATS))
     microphone = Microphone(find_device("input", args.input_device))
     loudspeaker = Loudspeaker(find_device("output", args.output_device))
     transcripts = {kind: path for kind in FORMATS if (path := getattr(args, kind))}
     keeper = Keeper(args.record, transcripts, lambda message: talk.events.put(Warned(message)))
-    screen, console = make_screen()
+    screen, console, keys = make_screen()
 
     def begin():
         session = open_session(args, load_model(args, console), console)
+        if args.no_greeting and not session.model.speaks:
+            raise UserError(f"{session.model.name} only writes: leave out --no-greeting")
         with console.status("warming up"):
             session.warm_up()
         keeper.begin(session)
         return session
 
-    talk = Talk(begin, microphone, loudspeaker, on_frame=keeper.put, max_seconds=args.max_seconds)
+    talk = Talk(
+        begin,
+        microphone,
+        loudspeaker,
+        on_frame=keeper.put,
+        max_seconds=args.max_seconds,
+        find_again=lambda: find_again(microphone, loudspeaker),
+        max_wait=args.max_wait,
+        quiet_start=args.no_greeting,
+    )
     try:
-        return _chat(args, talk, keeper, screen, console)
+        return _chat(args, talk, keeper, screen, console, keys)
     except KeyboardInterrupt:
         # The worker may be inside MLX, where no exception reaches it: leave without it.
         console.show_cursor()
+        keys.restore()
         print("\nmoshi-ttt-mlx: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
     finally:
         talk.close()
 
 
-def _chat(args, talk, keeper, screen, console) -> int:
+def _chat(args, talk, keeper, screen, console, keys) -> int:
     with _stopping(talk) as asked:
         try:
             talk.start()
-            ended = _follow(args, talk, screen)
+            ended = _follow(args, talk, screen, keys)
         except OSError:
             # The terminal, or the reader of a pipe, is gone; that is no reason to lose a talk.
             if args.session and talk.started:
@@ -134,26 +159,59 @@ def _stopping(talk) -> Iterator[set[int]]:
             signal.signal(number, handler)
 
 
-def _follow(args, talk, screen) -> Ended:
-    """Show what happens until the talk is over; returns its `Ended`."""
-    with screen:
+def _follow(args, talk, screen, keys) -> Ended:
+    """Show what happens, and do what the keys ask for, until the talk is over; returns its `Ended`."""
+    with keys, screen:
         while True:
             event = None
             with suppress(queue.Empty):
                 event = talk.events.get(timeout=REFRESH_SECONDS)
-            if isinstance(event, Ready):
-                _greet(args, screen)
-            elif isinstance(event, Said):
-                screen.said(event.text, event.time)
-            elif isinstance(event, Warned):
-                screen.warn(event.message)
-            elif isinstance(event, Ended):
+            if isinstance(event, Ended):
                 break
+            _tell(event, args, screen)
+            for key in keys.read():
+                try:
+                    _press(key, args, talk)
+                except UserError as error:
+                    screen.warn(str(error))
             if talk.started:
                 screen.show(talk.status())
     if talk.started:
         screen.note(_summary(talk.status()))
     return event
+
+
+def _tell(event, args, screen) -> None:
+    if isinstance(event, Ready):
+        _greet(args, screen)
+    elif isinstance(event, Said):
+        screen.said(event.text, event.time, event.speaker)
+    elif isinstance(event, Warned):
+        screen.warn(event.message)
+    elif isinstance(event, Noted):
+        screen.tell(event.message)
+    elif isinstance(event, Saved):
+        screen.tell(f"saved as {session_label(event.path)}")
+
+
+def _press(key: str, args, talk) -> None:
+    """Do what a key of `screen.KEYS` says; others do nothing."""
+    if key == "q":
+        signal.raise_signal(signal.SIGINT)
+    elif not talk.started:
+        return
+    elif key == "m":
+        talk.muted = not talk.muted
+    elif key == "p":
+        talk.paused = not talk.paused
+    elif key == "s":
+        # From here on the talk has a name, under which it is also saved when it ends.
+        args.session = args.session or str(session_path(_new_name()))
+        talk.save_soon(args.session)
+
+
+def _new_name() -> str:
+    return time.strftime("talk-%Y%m%d-%H%M%S")
 
 
 def _summary(status: Status) -> str:
@@ -185,14 +243,14 @@ def _keep(path: str | None, talk, screen, console: Console | None) -> None:
             screen.warn(str(error))
             path = None
         else:
-            screen.note(f"kept: go on with --session {path}")
+            screen.note(f"kept: go on with --session {session_label(path)}")
             return
 
 
 def _ask(console: Console) -> str | None:
-    """A path to keep the talk in; None for no."""
-    proposed = time.strftime("talk-%Y%m%d-%H%M%S.session")
-    question = f"keep this talk? [y/N or a file name; y is {proposed}] "
+    """Where to keep the talk; None for no."""
+    proposed = _new_name()
+    question = f"keep this talk? [y/N or a name; y is {proposed}] "
     while True:
         try:
             answer = console.input(question, markup=False).strip()
@@ -201,7 +259,11 @@ def _ask(console: Console) -> str | None:
             return None
         if answer.lower() in ("", "n", "no"):
             return None
-        path = proposed if answer.lower() in ("y", "yes") else answer
-        if not Path(path).exists():
-            return path
-        console.print(f"{path} exists: name another file", style="yellow", markup=False)
+        try:
+            path = session_path(proposed if answer.lower() in ("y", "yes") else answer)
+        except UserError as error:
+            console.print(str(error), style="yellow", markup=False, highlight=False)
+            continue
+        if not path.exists():
+            return str(path)
+        console.print(f"{answer} exists: choose another name", style="yellow", markup=False)
