@@ -2,15 +2,18 @@
 
 import hmac
 import ipaddress
+import re
 import secrets
 import socket
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from ..errors import UserError
 
 MIN_TOKEN = 8
+
+# A name or an address, and a port. Nothing else may pass: it is written into a header of ours.
+_HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -78,10 +81,10 @@ class Guard:
 
     def knows_host(self, header: str) -> bool:
         """Whether a `Host` header names this server; ports may differ (tunnels)."""
-        try:
-            name = urlsplit(f"//{header}").hostname or ""
-        except ValueError:
+        parts = _HOST.fullmatch(header.lower())
+        if parts is None:
             return False
+        name = parts[1].strip("[]")
         address = _address(name)
         if address is not None:
             # An address cannot be rebound. On loopback only a loopback one can have led here.
@@ -116,7 +119,8 @@ class Guard:
         response.headers.update(_HEADERS)
         response.headers.setdefault("Cache-Control", "no-store")
         # Written out, because 'self' covers WebSockets in newer browsers only.
-        sockets = f"ws://{request.host} wss://{request.host}"
+        known = self.knows_host(request.host)
+        sockets = f"ws://{request.host} wss://{request.host}" if known else ""
         response.headers["Content-Security-Policy"] = (
             "default-src 'none'; script-src 'self'; style-src 'self'; worker-src 'self'; "
             "img-src 'self' data:; media-src 'self' blob:; manifest-src 'self'; "
