@@ -53,6 +53,11 @@ def moshi(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def stt(tmp_path_factory):
+    return tiny.tiny_stt(tmp_path_factory.mktemp("doctor-stt") / "stt", context=75)
+
+
+@pytest.fixture(scope="module")
 def adapter(moshi, tmp_path_factory):
     """A memory with open gates in one of two layers, behind a window of 7."""
     made = add_memory(load(str(moshi)).lm, MemoryConfig(layers=(1,), window=7, sinks=1))
@@ -158,8 +163,7 @@ def test_headroom_decides(moshi, monkeypatch):
     assert tight.facts["needed"] == needed and "model.safetensors's header" in tight.line
 
 
-def test_both_models_are_counted(moshi, monkeypatch, tmp_path):
-    stt = tiny.tiny_stt(tmp_path / "stt")
+def test_both_models_are_counted(moshi, stt, monkeypatch):
     one, other = (fp.footprint(chosen(folder)).total for folder in (moshi, stt))
     found = verdict_with(10**9, monkeypatch, Case(chosen(moshi), user_stt=chosen(stt)))
     assert found.facts["needed"] == one + other
@@ -556,6 +560,22 @@ def test_a_second_is_timed_and_no_more_than_a_slow_machine_bears(moshi):
     assert len(probe.frame_times(Session(model), Clock(3.0))) == 3
 
 
+def test_with_user_stt_both_models_are_timed_with_full_windows(moshi, stt):
+    case = Case(chosen(moshi), user_stt=chosen(stt))
+    talk = probe._open_session(case)
+    probe.frame_times(talk)
+    for session, window in ((talk, 20), (talk.user, 75)):
+        lengths = {layer.self_attn.length for layer in session.generator.caches}
+        assert lengths == {window + probe.WARM_UP + probe.SECOND}
+
+
+def test_what_is_timed_is_a_full_window(tmp_path):
+    session = Session(load(str(tiny.tiny_moshi(tmp_path / "m", context=90))))
+    probe.frame_times(session)
+    lengths = {layer.self_attn.length for layer in session.generator.caches}
+    assert lengths == {90 + probe.WARM_UP + probe.SECOND}
+
+
 @pytest.mark.parametrize(
     "times, verdict, line",
     [
@@ -633,8 +653,13 @@ def test_a_terminal_gets_a_table(moshi, in_time, capsys, monkeypatch):
     assert "┃" in out and "real time: yes, 61 of 80 ms" in out and "6 of 8 checks good" in out
 
 
-def test_exit_statuses(moshi, in_time, capsys):
-    run(capsys, "--hf-repo", moshi, "--context", 10)
+def test_exit_statuses(moshi, stt, in_time, capsys):
+    run(capsys, "--hf-repo", moshi, "--user-stt", stt)
+    both = run(capsys, "--hf-repo", moshi, "--user-stt", moshi, status=1)
+    assert "expected a speech-to-text model" in both
+    short = json.loads(run(capsys, "--hf-repo", moshi, "--context", 10, "--json"))["checks"]
+    assert short[-1]["facts"]["context"] == 10
+    assert short[2]["facts"]["models"][0]["keys_and_values"] == 2 * 2 * 10 * 64 * 4
     assert "no folder ./none" in run(capsys, "--hf-repo", "./none", status=1)
     run(capsys, "--hf-repo", moshi, "--context", 0, status=2)
     with pytest.raises(SystemExit) as caught:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..doctor import Case, Chosen, Finding, examine, summary
 from ..errors import UserError
-from .common import add_model_arguments
+from .common import add_model_arguments, add_user_stt_argument
 
 _STYLES = {"ok": "green", "problem": "bold red", "skipped": "dim"}
 
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, help="frames attention sees, as in chat")
     parser.add_argument("--input-device", metavar="NAME|N", help="microphone, as in chat")
     parser.add_argument("--output-device", metavar="NAME|N", help="loudspeaker, likewise")
+    add_user_stt_argument(parser)
     add_model_arguments(parser)
 
 
@@ -62,6 +63,7 @@ def _case(args: argparse.Namespace, progress) -> Case:
     }
     return Case(
         Chosen(flags, args.adapter_path, args.codec),
+        user_stt=Chosen({"hf_repo": args.user_stt}, codec=args.codec) if args.user_stt else None,
         context=args.context,
         input_device=args.input_device,
         output_device=args.output_device,

@@ -16,6 +16,7 @@ from ..generate import FrameGenerator
 from ..hub import ModelFiles
 from ..live import FRAME_MS
 from ..session import Session
+from ..user_words import Dialogue
 from ..voice import level
 from ..watches import too_slow_message
 from .case import Case, Chosen, NotDownloaded
@@ -117,7 +118,6 @@ def _loudness(sound: np.ndarray) -> np.ndarray:
 def check_frame_time(case: Case) -> Finding:
     """The time of a frame, sound to sound, once attention's windows are full."""
     try:
-        case.progress(f"loading {case.chosen.name}")
         session = _open_session(case)
     except NotDownloaded as error:
         return Finding("frame time", "skipped", str(error))
@@ -126,7 +126,12 @@ def check_frame_time(case: Case) -> Finding:
 
 
 def _open_session(case: Case) -> Session:
-    return Session(case.chosen.model, context=case.context)
+    models = []
+    for chosen in case.models:
+        case.progress(f"loading {chosen.name}")
+        models.append(chosen.model)
+    kind = Session if case.user_stt is None else Dialogue
+    return kind(*models, context=case.context)
 
 
 def _context(session: Session) -> int:
@@ -138,7 +143,8 @@ def frame_times(session: Session, clock: Callable[[], float] = time.perf_counter
     sound = speech(2 * WARM_UP + SECOND)
     for pcm in sound[:WARM_UP]:
         session.step(pcm)
-    fill_window(session.generator)
+    for one in (session, session.user) if isinstance(session, Dialogue) else (session,):
+        fill_window(one.generator)
     for pcm in sound[WARM_UP : 2 * WARM_UP]:  # a full window is traced anew
         session.step(pcm)
     times, began = [], clock()
