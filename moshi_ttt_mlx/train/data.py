@@ -152,15 +152,12 @@ def check_codes(codes: np.ndarray, config: LmConfig, name: str) -> None:
         raise UserError(f"{name}: tokens that this model does not have: tokenize for this model")
 
 
-def pad_talks(talks: Sequence[np.ndarray]) -> np.ndarray:
-    """Talks `[S, T_i]` -> `[B, S, max T_i]`, the shorter ones filled up with `NOTHING`."""
-    frames = max(talk.shape[1] for talk in talks)
-    return np.stack(
-        [
-            np.pad(talk, ((0, 0), (0, frames - talk.shape[1])), constant_values=NOTHING)
-            for talk in talks
-        ]
-    )
+def pad_talks(talks: Sequence[np.ndarray], frames: int) -> np.ndarray:
+    """Talks `[S, T_i]` -> `[B, S, frames]`, filled up with `NOTHING`."""
+    padded = np.full((len(talks), len(talks[0]), frames), NOTHING, np.int32)
+    for row, talk in zip(padded, talks, strict=True):
+        row[:, : talk.shape[1]] = talk
+    return padded
 
 
 def read_json_lines(path: Path) -> list[tuple[int, object]]:

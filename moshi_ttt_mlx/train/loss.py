@@ -108,6 +108,12 @@ def totals(weights: mx.array) -> mx.array:
     return mx.stack([mx.sum(weights[:, :1]), mx.sum(weights[:, 1:])])
 
 
+def weighted_sums(nll: mx.array, weights: mx.array) -> mx.array:
+    """Weighted losses `[B, 1 + K, T]` of text and of all codebooks, summed: `[2]`."""
+    weighted = nll * weights.astype(nll.dtype)
+    return mx.stack([mx.sum(weighted[:, :1]), mx.sum(weighted[:, 1:])])
+
+
 def weighted_loss(nll: mx.array, weights: mx.array, total: mx.array) -> mx.array:
     """The loss: weighted mean of text plus weighted mean of codebooks, a scalar.
 
@@ -116,9 +122,7 @@ def weighted_loss(nll: mx.array, weights: mx.array, total: mx.array) -> mx.array
         total: `[2]`, of all that the mean goes over; more than `weights` where a batch is taken in
             pieces. A sum over pieces with one total is the loss of the whole.
     """
-    weighted = nll * weights.astype(nll.dtype)
-    parts = mx.stack([mx.sum(weighted[:, :1]), mx.sum(weighted[:, 1:])])
-    return mx.sum(parts / mx.maximum(total, 1e-6).astype(nll.dtype))
+    return mx.sum(weighted_sums(nll, weights) / mx.maximum(total, 1e-6).astype(nll.dtype))
 
 
 def stream_sums(nll: mx.array, targets: mx.array, config: LmConfig) -> mx.array:

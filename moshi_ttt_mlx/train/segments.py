@@ -38,6 +38,7 @@ from .loss import (
     text_losses,
     totals,
     weighted_loss,
+    weighted_sums,
 )
 
 Phase = Literal["memory", "all"]
@@ -62,11 +63,13 @@ class Segment(NamedTuple):
     Attributes:
         loss: its share of the batch's loss, a scalar.
         sums: `loss.stream_sums`, `[2, 2 + K]`.
+        parts: `loss.weighted_sums`, `[2]`.
         carried: for the next segment.
     """
 
     loss: mx.array
     sums: mx.array
+    parts: mx.array
     carried: Carried
 
 
@@ -179,9 +182,9 @@ class Learner:
             inputs, targets: see `loss.cut`.
             total: what the losses are divided by: sum of `total(targets)` over all pieces of the batch.
         """
-        loss, (sums, carried) = self._loss(params, carried, inputs, targets, total)
+        segment = self._run(params, carried, inputs, targets, total)
         self.install(params)
-        return Segment(loss, sums, carried)
+        return segment
 
     def gradients(
         self,
@@ -195,16 +198,16 @@ class Learner:
         counters = []
 
         def loss(params):
-            value, (sums, after) = self._loss(params, carried, inputs, targets, total)
-            counters[:] = after.meta
-            return value, sums, after.arrays
+            segment = self._run(params, carried, inputs, targets, total)
+            counters[:] = segment.carried.meta
+            return segment.loss, segment.sums, segment.parts, segment.carried.arrays
 
-        (value, sums, arrays), grads = mx.value_and_grad(loss)(params)
+        (*numbers, arrays), grads = mx.value_and_grad(loss)(params)
         # The modules hold what was traced; give them numbers again.
         self.install(params)
-        return Segment(value, sums, Carried(arrays, list(counters))), grads
+        return Segment(*numbers, Carried(arrays, list(counters))), grads
 
-    def _loss(self, params, carried, inputs, targets, total):
+    def _run(self, params, carried, inputs, targets, total) -> Segment:
         self.install(params)
         caches = self._caches(carried, inputs.shape[0])
         arrays, meta = [{}] * len(caches), [{}] * len(caches)
@@ -217,8 +220,13 @@ class Learner:
         hidden = hidden_states(self.lm, inputs, layers)
         nll = self._losses(hidden, targets)
         weights = target_weights(targets, self.lm.cfg, self.weights)
-        sums = stream_sums(mx.stop_gradient(nll), targets, self.lm.cfg)
-        return weighted_loss(nll, weights, total), (sums, Carried(arrays, meta))
+        known = mx.stop_gradient(nll)
+        return Segment(
+            weighted_loss(nll, weights, total),
+            stream_sums(known, targets, self.lm.cfg),
+            weighted_sums(known, weights),
+            Carried(arrays, meta),
+        )
 
     def _caches(self, carried: Carried | None, batch: int) -> list[LayerCache]:
         caches = make_memory_cache(

@@ -1,0 +1,205 @@
+"""A training run in a folder: log, checkpoints, best and last adapter, plots; it resumes by itself.
+
+    OUT/run.json          what the run was begun with
+    OUT/log.jsonl         one line an update, one a held-out loss
+    OUT/checkpoint/       what a resumed run needs (checkpoint.py)
+    OUT/best/, OUT/last/  adapters for --adapter-path; in phase all also model.safetensors
+    OUT/training.png      curves, with matplotlib
+
+After `kill -9` the same command goes on from the last checkpoint, and ends with the same bits as if
+it had never been interrupted.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..errors import UserError
+from ..surgery import CONFIG_NAME, WEIGHTS_NAME, save_adapter
+from . import checkpoint
+from .data import Shard
+from .trainer import Losses, Report, Trainer
+
+MODEL_NAME = "model.safetensors"
+# What a resumed run may do differently.
+_FREE = ("steps",)
+
+
+class Run:
+    """Trains, and keeps what it has learned on disk.
+
+    Args:
+        folder: of the run; made where missing.
+        trainer: at its start.
+        held_out: talks to choose the best adapter by; may be none.
+        model: which base this is; a resumed run must have the same.
+        save_every, eval_every: updates between two checkpoints, two held-out losses.
+
+    Raises:
+        UserError: a folder of a run with other settings, data or model.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        trainer: Trainer,
+        held_out: Sequence[Shard] = (),
+        *,
+        model: str = "",
+        save_every: int = 100,
+        eval_every: int = 100,
+    ):
+        self.folder, self.trainer, self.held_out = Path(folder), trainer, list(held_out)
+        self.save_every, self.eval_every = save_every, eval_every
+        self.best: tuple[float, int] | None = None
+        self._resume(self._identity(model))
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / "log.jsonl"
+
+    def _identity(self, model: str) -> dict:
+        trainer = self.trainer
+        return {
+            "model": model,
+            "memory": asdict(trainer.learner.adapter.config),
+            "settings": asdict(trainer.settings),
+            "talks": [[shard.name, shard.frames] for shard in trainer.plan.shards],
+        }
+
+    def _resume(self, identity: dict) -> None:
+        found = checkpoint.load(self.folder / "checkpoint", self.trainer.together)
+        if found is None:
+            if self.trainer.together.leads:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_text(self.folder / "run.json", json.dumps(identity, indent=1))
+                checkpoint.write_text(self.log_path, "")
+            return
+        _check_same(self.folder / "run.json", identity)
+        arrays, meta = found
+        self.best = tuple(meta["best"]) if meta["best"] else None
+        self.trainer.load_state(arrays, meta)
+        if self.trainer.together.leads:
+            # Updates behind the checkpoint come again.
+            kept = [line for line in read_log(self.folder) if line["step"] <= self.trainer.step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            checkpoint.write_text(self.log_path, text)
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def train(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Report | Losses]:
+        """Train to the end, or until `stop()`; yields updates, and held-out losses as they come.
+
+        Raises:
+            UserError: a full disk (the checkpoint before is whole), a broken shard.
+        """
+        trainer = self.trainer
+        if trainer.step == 0 and self.held_out:
+            yield self._listen()
+        while trainer.step < trainer.settings.steps:
+            began = time.perf_counter()
+            report = trainer.update()
+            self._log(_line(report, time.perf_counter() - began))
+            yield report
+            ends = trainer.step == trainer.settings.steps or trainer.together.any(stop())
+            if self.held_out and (trainer.step % self.eval_every == 0 or ends):
+                yield self._listen()
+            if trainer.step % self.save_every == 0 or ends:
+                self.save()
+            if ends:
+                return
+
+    def _listen(self) -> Losses:
+        losses, step = self.trainer.held_out(self.held_out), self.trainer.step
+        self._log({"step": step, "held_out": losses._asdict()})
+        if self.best is None or losses.loss < self.best[0]:
+            self.best = losses.loss, step
+            self._export(self.folder / "best")
+        return losses
+
+    def save(self) -> None:
+        """Make a checkpoint, and the adapter as it is now.
+
+        Raises:
+            UserError: the disk is full; the checkpoint before is whole.
+        """
+        arrays, meta = self.trainer.state()
+        checkpoint.save(
+            self.folder / "checkpoint",
+            self.trainer.step,
+            arrays,
+            meta | {"best": self.best},
+            self.trainer.together,
+        )
+        self._export(self.folder / "last")
+
+    def _export(self, folder: Path) -> None:
+        if not self.trainer.together.leads:
+            return
+        learner = self.trainer.learner
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder) as new:
+                save_adapter(learner.adapter, new)
+                for name in (CONFIG_NAME, WEIGHTS_NAME):
+                    os.replace(Path(new) / name, folder / name)
+        except OSError as error:
+            raise UserError(f"could not write {folder}: {error}") from error
+        if learner.phase == "all":
+            base = dict(tree_flatten(learner.lm.parameters()))
+            checkpoint.write_tensors(folder / MODEL_NAME, base, {"format": "mlx"})
+
+    def _log(self, line: dict) -> None:
+        if not self.trainer.together.leads:
+            return
+        try:
+            with self.log_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"could not write {self.log_path}: {error.strerror}") from error
+
+
+def _line(report: Report, seconds: float) -> dict:
+    """An update as a line of the log."""
+    told = {"step": report.step, **report.losses._asdict()}
+    told |= {"norm": report.norm, "share": report.share}
+    told |= {"gates": report.gates, "updates": report.updates}
+    return told | {"seconds": seconds, "peak_bytes": mx.get_peak_memory()}
+
+
+def read_log(folder: str | Path) -> list[dict]:
+    """The lines of a run's log; a last line cut off by a crash is left out."""
+    path, lines = Path(folder) / "log.jsonl", []
+    if not path.exists():
+        return lines
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def _check_same(path: Path, identity: dict) -> None:
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}): name another --out") from error
+    now = json.loads(json.dumps(identity))
+    for group in identity:
+        if begun.get(group) == now[group]:
+            continue
+        if not isinstance(now[group], dict):
+            raise UserError(f"{path.parent} holds a run with other {group}: name another --out")
+        names = [n for n in now[group] if begun.get(group, {}).get(n) != now[group][n]]
+        if other := sorted(set(names) - set(_FREE)):
+            raise UserError(
+                f"{path.parent} holds a run with another {', '.join(other)}: name another --out"
+            )
