@@ -34,8 +34,9 @@ from moshi_ttt_mlx.doctor import (
 from moshi_ttt_mlx.doctor import case as doctor_case
 from moshi_ttt_mlx.doctor import footprint as fp
 from moshi_ttt_mlx.errors import UserError
-from moshi_ttt_mlx.hub import ModelFiles
+from moshi_ttt_mlx.hub import MIMI_NAME, ModelFiles
 from moshi_ttt_mlx.kv_cache import HybridKVCache
+from moshi_ttt_mlx.legacy import LegacyConfig
 from moshi_ttt_mlx.memory import MemoryConfig
 from moshi_ttt_mlx.model import load
 from moshi_ttt_mlx.session import Session
@@ -208,18 +209,48 @@ def test_what_is_not_here_is_neither_downloaded_nor_a_problem(no_hub):
         assert "kyutai/hibiki-1b-mlx-bf16 is not downloaded yet" in found[check].line
 
 
-@pytest.mark.parametrize("config", [None, {"moshi_name": "own.safetensors"}])
-def test_what_is_in_the_cache_is_used(config, no_hub):
-    snapshot = no_hub / "models--a--b" / "snapshots" / "1"
-    snapshot.mkdir(parents=True)
-    (no_hub / "models--a--b" / "refs").mkdir()
-    (no_hub / "models--a--b" / "refs" / "main").write_text("1")
-    assert doctor_case._only_on_the_hub("a/b")
+def cache(folder, *names, config=None):
+    """A repository in the hub's cache."""
+    snapshot = folder / "models--a--b" / "snapshots" / "1"
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (folder / "models--a--b" / "refs").mkdir(exist_ok=True)
+    (folder / "models--a--b" / "refs" / "main").write_text("1")
     if config:
         (snapshot / "config.json").write_text(json.dumps(config))
-        assert doctor_case._only_on_the_hub("a/b")
-    (snapshot / ("own.safetensors" if config else "model.q4.safetensors")).write_bytes(b"")
-    assert not doctor_case._only_on_the_hub("a/b")
+    for name in names:
+        (snapshot / name).write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "config, weights, mimi",
+    [
+        (None, "model.q4.safetensors", MIMI_NAME),
+        ({"moshi_name": "own.safetensors"}, "own.safetensors", MIMI_NAME),
+        ({"moshi_name": "own.safetensors", "mimi_name": "m"}, "own.safetensors", "m"),
+    ],
+)
+def test_what_is_in_the_cache_is_used(config, weights, mimi, no_hub):
+    assert not doctor_case._is_cached("a/b", True)
+    cache(no_hub, weights, config=config)
+    assert not doctor_case._is_cached("a/b", True)  # its codec is 385 MB, too
+    assert doctor_case._is_cached("a/b", False)
+    cache(no_hub, mimi)
+    assert doctor_case._is_cached("a/b", True)
+
+
+def test_a_text_model_needs_no_codec(no_hub):
+    cache(no_hub, "model.safetensors", config={"n_q": 0})
+    assert doctor_case._is_cached("a/b", True)
+
+
+@pytest.mark.parametrize(
+    "name, is_one", [("a/b", True), ("demo", False), ("./a/b", False), ("a/b/c", False)]
+)
+def test_a_folder_is_no_repository(name, is_one, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert doctor_case._is_repository(name) == is_one
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert not doctor_case._is_repository("a/b")
 
 
 # -- the machine ----------------------------------------------------------------------------------
@@ -335,6 +366,7 @@ def test_kernels_that_do_not_agree(what, wrong, metal, moshi, monkeypatch):
     monkeypatch.setattr(ttt_kernels, what, off_by(wrong, what))
     found = kernels.check_metal(Case(chosen(moshi)))
     assert found.verdict == "problem" and "set MOSHI_TTT_KERNEL=ops" in found.line
+    json.dumps(found.facts, allow_nan=False)
 
 
 @pytest.mark.parametrize("wish", [None, "ops"])
@@ -360,10 +392,20 @@ def test_a_memory_of_another_shape_stays_with_operations(metal, moshi, tmp_path)
     assert (found.verdict, found.facts["kernels"]) == ("ok", "ops")
 
 
-@pytest.mark.parametrize("shape", [{"forget": "init"}, {"inner": "linear"}, {"mini_batch": 5}])
-def test_the_comparison_holds_for_every_shape(shape):
-    learner = kernels._learner(MemoryConfig(layers="top:1", **shape))
-    assert kernels.largest_difference(learner) < 1e-5  # float32
+LEGACY = LegacyConfig(layers=(0,), heads=2, head_dim=8, sizes=(8, 16, 8), base_lr=1.0, mini_batch=4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MemoryConfig(layers="top:1", forget="init"),
+        MemoryConfig(layers="top:1", inner="linear"),
+        MemoryConfig(layers="top:1", mini_batch=5),
+        LEGACY,
+    ],
+)
+def test_the_comparison_holds_for_every_shape(config):
+    assert kernels.largest_difference(kernels._learner(config)) < 1e-5  # float32
 
 
 # -- sound devices --------------------------------------------------------------------------------

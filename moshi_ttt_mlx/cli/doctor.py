@@ -1,6 +1,6 @@
 """Examine this machine for a talk: versions, memory, Metal, devices, codec, time of a frame.
 
-Downloads nothing. Exit status 0 when all is well, 1 when a problem was found, 2 for bad flags.
+Downloads no weights. Exit status 0 when all is well, 1 when a problem was found, 2 for bad flags.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What is examined: a model by its names and flags. Nothing is downloaded, nothing loaded twice."""
+"""What is examined: a model by its names and flags. No weights are downloaded, none loaded twice."""
 
 import re
 from collections.abc import Callable
@@ -55,7 +55,8 @@ class Chosen:
         """
         from ..hub import find_files
 
-        if not self.flags.get("moshi_weight") and _only_on_the_hub(self.name):
+        is_hubs = not self.flags.get("moshi_weight") and _is_repository(self.name)
+        if is_hubs and not _is_cached(self.name, not self.flags.get("mimi_weight")):
             raise NotDownloaded(self.name)
         return find_files(**self.flags)
 
@@ -71,27 +72,33 @@ class Chosen:
         return load_files(self.files, self.adapter_path, self.codec)
 
 
-def _only_on_the_hub(name: str) -> bool:
-    """Whether a name can only mean a repository, of which no weights are in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from ..hub import MOSHI_NAMES
-
-    is_repo = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()
-    if not is_repo:
-        return False
-    names = [*MOSHI_NAMES, *_named_weights(try_to_load_from_cache(name, "config.json"))]
-    return not any(isinstance(try_to_load_from_cache(name, file), str) for file in names)
+def _is_repository(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
-def _named_weights(config: Any) -> list[str]:
-    """The weights file that a cached `config.json` names."""
+def _is_cached(repo: str, needs_mimi: bool) -> bool:
+    """Whether a repository's large files are in the hub's cache: weights, and those of its codec."""
+    from ..hub import MIMI_NAME, MOSHI_NAMES
+
+    config = _cached_config(repo)
+    weights = [*MOSHI_NAMES, config.get("moshi_name")]
+    mimi = config.get("mimi_name", MIMI_NAME)
+    has_codec = not needs_mimi or config.get("n_q") == 0 or _cached(repo, mimi) is not None
+    return has_codec and any(name and _cached(repo, name) for name in weights)
+
+
+def _cached_config(repo: str) -> dict[str, Any]:
     from ..config import read_json
 
-    if not isinstance(config, str):  # the cache has no such file, or knows that there is none
-        return []
-    named = read_json(Path(config)).get("moshi_name")
-    return [named] if isinstance(named, str) else []
+    path = _cached(repo, "config.json")
+    return {} if path is None else read_json(path)
+
+
+def _cached(repo: str, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name)
+    return Path(found) if isinstance(found, str) else None  # else: not there, or known not to be
 
 
 @dataclass

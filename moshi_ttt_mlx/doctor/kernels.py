@@ -1,5 +1,6 @@
 """Metal, and whether the memory's kernels compute what plain MLX operations compute."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ def check_metal(case: Case) -> Finding:
         line = "Metal; a memory of this shape runs on plain operations"
         return Finding("metal", "ok", line, facts | {"kernels": "ops"})
     with _wishing("metal"):
-        facts["largest_difference"] = off = largest_difference(learner)
+        off = largest_difference(learner)
+    facts["largest_difference"] = off if math.isfinite(off) else None
     if not off <= AGREES:  # also where it is no number
         line = f"the memory's kernels are off by {off:.1e}: set {WISH}=ops, and please report it"
         return Finding("metal", "problem", line, facts)
