@@ -119,11 +119,49 @@ def test_sound_is_encoded_once_where_the_codecs_are_the_same(
 )
 def test_the_first_codes_of_many_are_the_few(shape, backend, counts):
     """What encoding once rests on."""
+    if backend == "rustymimi":
+        pytest.importorskip("rustymimi")
     config = small_mimi() if shape == "small" else None
     few, many = (open_codec(checkpoint(shape), k, backend, config) for k in counts)
     for frame in sound(5):
         codes = many.encode(frame)
         np.testing.assert_array_equal(codes[: few.num_codebooks], few.encode(frame))
+
+
+def with_kyutais_codec(folder):
+    """Let a tiny model of 2,048 codes run on Mimi as it is."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["mimi_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / tiny.MIMI_NAME).unlink()
+    (folder / tiny.MIMI_NAME).symlink_to(checkpoint("kyutai"))
+    return load(str(folder))
+
+
+def test_8_of_32_codebooks_of_rustymimi(tmp_path, monkeypatch):
+    """Kyutai's own sizes: moshiko hears 8 codebooks, stt-1b 32."""
+    pytest.importorskip("rustymimi")
+    from moshi_ttt_mlx.rusty_codec import RustyCodec
+
+    stt = {"card": 2048, "n_q": 32, "delays": [0] * 33, "stt_config": PLAIN}
+    pair = (
+        with_kyutais_codec(tiny.tiny_moshi(tmp_path / "moshi", card=2048)),
+        with_kyutais_codec(tiny.tiny_stt(tmp_path / "stt", **stt)),
+    )
+    pcm = sound(6)
+    expected = [alone(pair[0], pcm)[1], alone(pair[1], pcm, temp=0)[1]]
+    calls, encode = [], RustyCodec.encode
+    monkeypatch.setattr(
+        RustyCodec, "encode", lambda codec, pcm: (calls.append(codec), encode(codec, pcm))[1]
+    )
+    talk = Dialogue(*pair)
+    frames = [talk.step(frame) for frame in pcm[:3]]
+    talk.save(tmp_path / "talk")
+    talk = Dialogue.load(tmp_path / "talk", *pair)
+    frames += [talk.step(frame) for frame in pcm[3:]]
+    assert_same(frames, expected[0])
+    assert_same([frame.user for frame in frames], expected[1])
+    assert len(calls) == 6 and {codec.num_codebooks for codec in calls} == {32}
 
 
 def test_times_are_moved_back_by_delay_and_silence(models):
