@@ -10,6 +10,7 @@ Needs Debian's pulseaudio, pulseaudio-utils and libasound2-plugins; works as roo
 
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -61,13 +62,18 @@ class VirtualSound:
         home.mkdir(parents=True)
         run.mkdir(mode=0o700)
         (home / ".asoundrc").write_text(_ASOUNDRC)
-        self.socket, self._log_path = run / "native", folder / "pulseaudio.log"
+        self.socket, self._orders = run / "native", run / "orders"
+        self._log_path = folder / "pulseaudio.log"
         places = {"HOME": home, "XDG_RUNTIME_DIR": run, "PULSE_RUNTIME_PATH": run}
         self.env = os.environ | {name: str(path) for name, path in places.items()}
         self.env["PULSE_SERVER"] = f"unix:{self.socket}"
 
     def __enter__(self) -> "VirtualSound":
-        modules = [f"module-native-protocol-unix auth-anonymous=1 socket={self.socket}", *_MODULES]
+        modules = [
+            f"module-native-protocol-unix auth-anonymous=1 socket={self.socket}",
+            f"module-cli-protocol-unix socket={self._orders}",
+            *_MODULES,
+        ]
         loads = [word for module in modules for word in ("-L", module)]
         with open(self._log_path, "wb") as log:
             command = [*first(), "pulseaudio", *_OPTIONS, *loads]
@@ -106,6 +112,21 @@ class VirtualSound:
     def unplug_microphone(self) -> None:
         """Take the microphone away from whatever listens to it."""
         self._pactl("unload-module", "module-remap-source")
+        # PulseAudio would let the listeners go on, on the monitor of a loudspeaker.
+        listeners = subprocess.run(
+            ["pactl", "list", "short", "source-outputs"],
+            env=self.env,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.splitlines()
+        with socket.socket(socket.AF_UNIX) as orders:
+            orders.connect(str(self._orders))
+            for listener in listeners:
+                orders.sendall(f"kill-source-output {listener.split()[0]}\n".encode())
+            orders.shutdown(socket.SHUT_WR)
+            while orders.recv(4096):  # until all is done
+                pass
 
     def plug_microphone(self) -> None:
         """Bring it back, by the same name."""

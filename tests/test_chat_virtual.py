@@ -1,6 +1,7 @@
 """The whole program on virtual sound devices: what it says is played, what is said to it is heard."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from rich.text import Text
 
 import moshi_ttt_mlx
 from moshi_ttt_mlx.live import SILENT_LEVEL, level
@@ -19,7 +21,15 @@ from moshi_ttt_mlx.live import SILENT_LEVEL, level
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "scripts"))
 
-from virtual_sound import VirtualSound, find_in_order, first, missing, samples  # noqa: E402
+from terminal_picture import Tmux  # noqa: E402
+from virtual_sound import (  # noqa: E402
+    MICROPHONE,
+    VirtualSound,
+    find_in_order,
+    first,
+    missing,
+    samples,
+)
 
 CLIP = Path(moshi_ttt_mlx.__file__).parent / "assets" / "demo_clip.flac"
 FRAME = 1920
@@ -73,21 +83,24 @@ def frames(channel):
     return [frame for frame in whole if level(frame / 32768) >= SILENT_LEVEL]
 
 
+def recording(folder):
+    (path,) = folder.glob("*.wav")
+    return path
+
+
 def talk(folder):
     """One short talk; returns what is wrong with it."""
     voice, rate = soundfile.read(CLIP, dtype="int16")
     assert rate == 24000
     soundfile.write(folder / "clip.wav", voice, rate)
     with VirtualSound(folder) as sound, sound.recording(folder / "played.raw"):
-        program = Program(
-            sound, folder, "--max-seconds", "8", "--record", "r.wav", "--txt", "r.txt"
-        )
+        program = Program(sound, folder, "--max-seconds", "8", "--record", "r", "--txt", "r.txt")
         speaking = threading.Thread(target=sound.play, args=[folder / "clip.wav"])
         speaking.start()
         status, words, warnings = program.end()
         speaking.join()
     assert status == 0, warnings
-    recorded, _ = soundfile.read(folder / "r.wav", dtype="int16")
+    recorded, _ = soundfile.read(recording(folder / "r"), dtype="int16")
     assert len(recorded) == 100 * FRAME
     assert (folder / "r.txt").read_text().split() == words.split() != []
     return [
@@ -127,22 +140,75 @@ def test_what_moshi_says_is_played_and_what_is_said_is_heard(folder):
 
 def test_a_sound_server_that_dies_ends_the_talk_and_nothing_is_lost(folder):
     with VirtualSound(folder) as sound:
-        flags = ("--session", "t.session", "--record", "t.wav", "--txt", "t.txt")
+        flags = ("--session", "./t.session", "--record", "t", "--txt", "t.txt", "--max-wait", "3")
         program = Program(sound, folder, *flags)
         program.wait_for(program.out, " ")  # it talks
         sound.stop()
         status, words, warnings = program.end()
     assert status == 1
-    assert "is gone: the talk is over" in warnings
+    # What PortAudio and ALSA say at every attempt to open it again is not for the user.
+    assert "is gone: plug it in again" in warnings.splitlines()[-2]
+    assert "is gone: the talk is over" in warnings.splitlines()[-1]
     assert (folder / "t.txt").read_text().split() == words.split() != []
-    assert (folder / "t.session").exists() and soundfile.info(folder / "t.wav").frames > 0
+    assert (folder / "t.session").exists()
+    assert soundfile.info(recording(folder / "t")).frames > 0
+
+
+def test_a_microphone_that_is_plugged_in_again_is_heard_again(folder):
+    with VirtualSound(folder) as sound:
+        flags = ("--input-device", MICROPHONE, "--session", "./t.session", "--record", "t")
+        program = Program(sound, folder, *flags)
+        program.wait_for(program.out, " ")
+        sound.unplug_microphone()
+        program.wait_for(program.err, f"{MICROPHONE!r} is gone")
+        stood_still = program.out.read_text()
+        time.sleep(2.0)
+        assert program.out.read_text() == stood_still
+        sound.plug_microphone()
+        program.wait_for(program.err, f"{MICROPHONE!r} is back")
+        voice, rate = soundfile.read(CLIP, dtype="int16")
+        soundfile.write(folder / "clip.wav", voice, rate)
+        sound.play(folder / "clip.wav")
+        program.process.send_signal(signal.SIGINT)
+        status, words, warnings = program.end()
+    assert status == 0
+    assert warnings.count("is gone") == warnings.count("is back") == 1
+    assert "is back" in warnings.splitlines()[-1], warnings  # all that PortAudio says comes before
+    assert len(words) > len(stood_still)
+    recorded, _ = soundfile.read(recording(folder / "t"), dtype="int16")
+    assert len(frames(recorded[:, 1])) > 50  # the clip came after the microphone had been away
+
+
+@pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux")
+def test_a_terminal_shows_the_talk_and_its_keys_and_gets_back_what_it_had(folder):
+    with VirtualSound(folder) as sound:
+        env = sound.env | {"PYTHONPATH": str(ROOT), "MOSHI_TTT_SESSIONS": str(folder / "talks")}
+        with Tmux(folder, env) as tmux:
+            tmux.type(
+                f"{sys.executable} -m moshi_ttt_mlx --model demo; stty -a; echo 'it is 'over\n"
+            )
+            tmux.wait_for("m mute   p pause   s save   q quit")
+            tmux.wait_for("window ")
+            tmux.type("m")
+            tmux.wait_for("MUTED")
+            tmux.type("mp")
+            tmux.wait_for("p go on")
+            tmux.type("ps")
+            tmux.wait_for("saved as talk-")
+            tmux.type("q")
+            tmux.wait_for("kept: go on with --session talk-")
+            tmux.wait_for("it is over")
+            modes = Text.from_ansi(tmux.screen()).plain.split()
+            assert "icanon" in modes and "echo" in modes and "-echo" not in modes
+    (kept,) = (folder / "talks").iterdir()
+    assert moshi_ttt_mlx.Session.load(kept, moshi_ttt_mlx.load("demo")).frame > 0
 
 
 def test_ctrl_c_saves_and_the_talk_goes_on_from_there(folder):
     said = []
     with VirtualSound(folder) as sound:
         for _ in range(2):
-            program = Program(sound, folder, "--session", "t.session", "--json", "t.json")
+            program = Program(sound, folder, "--session", "./t.session", "--json", "t.json")
             program.wait_for(program.out, " ")
             program.process.send_signal(signal.SIGINT)
             status, words, warnings = program.end()
