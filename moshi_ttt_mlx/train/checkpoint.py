@@ -112,7 +112,8 @@ def save(
         where = f"step {kept['step']} is kept" if kept else "nothing is kept"
         raise UserError(f"{error}; {where}") from error
     together.any(False)  # the new one counts
-    for old in folder.glob(f"step-*-rank{together.rank}.safetensors"):
+    # A kill may have left half a file behind, under its temporary name.
+    for old in folder.glob(f"*step-*-rank{together.rank}.*safetensors"):
         if old != mine:
             old.unlink(missing_ok=True)
 
