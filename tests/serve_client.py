@@ -18,6 +18,7 @@ from moshi_ttt_mlx.serve.model_thread import ModelThread
 from moshi_ttt_mlx.serve.shelf import Shelf
 from moshi_ttt_mlx.session import Settings
 from moshi_ttt_mlx.session_store import SessionStore
+from moshi_ttt_mlx.transcript import Transcript
 
 PATIENCE = 30  # seconds after which a test is stuck; nothing depends on how fast it is
 
@@ -38,7 +39,8 @@ class ServedSession(FakeSession):
     def __init__(self, settings, path=None, **fake):
         super().__init__(**fake)
         self.settings = Settings(**settings)
-        self.model.name, self.model.audio_delay = "fake", 0.0
+        self.model.name = "fake"
+        self.transcript = Transcript({self.speaker: self.model.silence_prefix})
         self.path = path
 
     def warm_up(self):

@@ -15,7 +15,15 @@ from rich.console import Console
 
 from ..errors import UserError
 from ..session_store import SessionStore
-from .common import DEMO_NOTE, add_model_arguments, add_talk_arguments, load_model, talk_settings
+from .common import (
+    DEMO_NOTE,
+    add_model_arguments,
+    add_talk_arguments,
+    add_user_stt_argument,
+    load_model,
+    load_user_stt,
+    talk_settings,
+)
 
 _ANY = ("0.0.0.0", "::", "")
 
@@ -40,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sound kept of each talk for download until the server stops; 0 keeps none",
     )
     group.add_argument("--no-browser", action="store_true", help="do not open the page")
+    add_user_stt_argument(parser)
     add_model_arguments(parser)
     add_talk_arguments(parser)
 
@@ -82,17 +91,25 @@ def _load(args: argparse.Namespace, guard, limits):
     from ..serve.model_thread import ModelThread
     from ..serve.shelf import Shelf
     from ..session import Session
+    from ..user_words import Dialogue
 
     console, defaults, thread = Console(stderr=True), talk_settings(args), ModelThread()
 
     def load():
-        model = load_model(args, console)
-        # A talk that is begun and thrown away: bad flags show now, and the first client waits less.
-        Session(model, **defaults).warm_up()
-        return model, describe(model, defaults, limits)
+        model, listener = load_model(args, console), load_user_stt(args, console)
+        kind, models = (Dialogue, (model, listener)) if listener else (Session, (model,))
+
+        def open_session(settings: dict, path: Path | None) -> Session:
+            session = kind.load(path, *models) if path else kind(*models, **settings)
+            session.warm_up()
+            return session
+
+        # Begun and thrown away: bad flags show now, and the first client waits less.
+        open_session(defaults, None)
+        return open_session, model.fingerprint, describe(model, listener, defaults, limits)
 
     try:
-        model, info = thread.call(load).result()
+        open_session, fingerprint, info = thread.call(load).result()
     except KeyboardInterrupt:
         # The thread may be inside MLX, where no exception reaches it: leave without it.
         print("\nmoshi-ttt-mlx: interrupted", file=sys.stderr, flush=True)
@@ -100,13 +117,7 @@ def _load(args: argparse.Namespace, guard, limits):
     except BaseException:
         thread.close()
         raise
-
-    def open_session(settings: dict, path: Path | None) -> Session:
-        session = Session(model, **settings) if path is None else Session.load(path, model)
-        session.warm_up()
-        return session
-
-    shelf = Shelf(SessionStore(args.sessions_dir), model.fingerprint)
+    shelf = Shelf(SessionStore(args.sessions_dir), fingerprint)
     return Server(info, defaults, guard, limits).app(thread, open_session, shelf)
 
 

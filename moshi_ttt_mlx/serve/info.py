@@ -21,10 +21,11 @@ _LIMITS = (
 )
 
 
-def describe(model: "Model", defaults: dict, limits: Limits) -> dict:
+def describe(model: "Model", listener: "Model | None", defaults: dict, limits: Limits) -> dict:
     """The facts, as JSON; see docs/server.md.
 
     Args:
+        listener: a model for the user's words, or None.
         defaults: `Session`'s keyword arguments for a new talk. Where they are None, the model's own
             value is shown.
     """
@@ -45,6 +46,7 @@ def describe(model: "Model", defaults: dict, limits: Limits) -> dict:
         "version": __version__,
         "model": model.name,
         "speaks": model.speaks,
+        "user_stt": listener.name if listener else None,
         "sample_rate": SAMPLE_RATE,
         "frame_size": FRAME_SIZE,
         "context": shown["context"],

@@ -28,6 +28,8 @@ from .sound import KeptSound
 if TYPE_CHECKING:
     from ..session import Session, SpokenFrame
 
+USER = "user"
+
 NO_SOUND = (
     f"your side has been exact silence for {PATIENCE_SECONDS:.0f} s: is the microphone muted, or not "
     "allowed in the browser or the system's settings?"
@@ -85,9 +87,8 @@ class ServedTalk:
         self.mode = settings.memory
         self._context = settings.context or model.lm.cfg.transformer.context
         # An stt model's words come late, and it expects silence before the first sound.
-        prefix = model.silence_prefix
-        self._delay = prefix + model.audio_delay
-        self._prefix = 0 if session.frame else round(prefix * 1000 / FRAME_MS)
+        self._delays = session.transcript.state()["delays"]
+        self._prefix = 0 if session.frame else round(model.silence_prefix * 1000 / FRAME_MS)
 
     # -- on the event loop
 
@@ -170,17 +171,18 @@ class ServedTalk:
     def _tell(self, spoken: "SpokenFrame", user: np.ndarray) -> None:
         if spoken.pcm is not None:
             self.emit(spoken.pcm)
-        if spoken.text:
-            self.emit(self._word(spoken))
+        for frame, speaker in ((spoken, self.session.speaker), (spoken.user, USER)):
+            if frame is not None and frame.text:
+                self.emit(self._word(frame, speaker))
         reply = -100.0 if spoken.pcm is None else level(spoken.pcm)
         self._levels = level(user), reply
 
-    def _word(self, spoken: "SpokenFrame") -> dict:
-        start = max(0.0, spoken.time - self._delay)
+    def _word(self, spoken: "SpokenFrame", speaker: str) -> dict:
+        start = max(0.0, spoken.time - self._delays.get(speaker, 0.0))
         return {
             "type": "word",
             "text": spoken.text,
-            "speaker": self.session.speaker,
+            "speaker": speaker,
             "start": round(start, 3),
             "end": round(start + FRAME_SECONDS, 3),
         }

@@ -4,6 +4,7 @@ Lives on the event loop; what touches a session is sent to the model thread and 
 """
 
 import asyncio
+import logging
 import secrets
 import tempfile
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..transcript import Transcript
+from ..user_words import Dialogue
 from .limits import Limits
 from .model_thread import ModelThread
 from .outbox import DONE, GOING_AWAY, INTERNAL
@@ -22,6 +24,8 @@ from .talk import ServedTalk
 
 if TYPE_CHECKING:
     from ..session import Session
+
+_log = logging.getLogger(__name__)
 
 STOPPED = "the server was stopped"
 NOT_KEPT = "this talk had not been saved under a name, so it is gone"
@@ -147,7 +151,8 @@ class Talks:
             return talk.words
 
         def copy() -> Transcript:
-            return talk.words or Transcript.from_state(talk.session.transcript.state())
+            kept = talk.words is not None
+            return talk.words if kept else Transcript.from_state(talk.session.transcript.state())
 
         return await self._on_model(copy)
 
@@ -165,7 +170,7 @@ class Talks:
             timer.cancel()
         if save and talk.name is not None:
             reason = await self._save_last(talk, reason)
-        await self._on_model(lambda: _release(talk))
+        await self._on_model(lambda: _release(talk, whole=save))
         await _aside(talk.sound.close)
         if talk.outbox is not None:
             talk.outbox.close(reason, code=code)
@@ -225,6 +230,12 @@ async def _aside(work: Callable, *args):
     return await asyncio.get_running_loop().run_in_executor(None, work, *args)
 
 
-def _release(talk: ServedTalk) -> None:
+def _release(talk: ServedTalk, whole: bool) -> None:
     """Let go of the session, on its own thread; its words stay."""
-    talk.words, talk.session = talk.session.transcript, None
+    session, talk.session = talk.session, None
+    talk.words = session.transcript
+    if whole and isinstance(session, Dialogue):
+        try:
+            session.finish()  # a model for the user's words is still behind
+        except Exception:
+            _log.exception("the user's last words are lost")
