@@ -5,13 +5,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 
 RATE = 24000
 FRAME = 1920
 _HOP = RATE // 50  # 20 ms: finer than syllables, coarser than a resampler's delay
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, _NAMES)), None)
+
+NEEDS_CHROMIUM = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH (Debian: chromium)"),
+]
 
 # Lets a test hear what the page gives to the loudspeaker, from outside of the page's code.
 TAP = """

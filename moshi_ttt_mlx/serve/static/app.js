@@ -4,11 +4,12 @@
 //   sound.js <-  frames <-  talk.js <-  WebSocket          (Moshi)
 //   notice, panels, transcript, levels <- events            (the screen)
 
+import { ask, talkFile } from './api.js';
 import { LevelStrip } from './charts.js';
 import { listenForKeys } from './keys.js';
 import { Notice } from './notice.js';
 import { MemoryPanel, TimingPanel } from './panels.js';
-import { SaveDialog, SavedTalks, offerDownloads, withToken } from './saved.js';
+import { SaveDialog, SavedTalks, offerDownloads } from './saved.js';
 import { Settings } from './settings.js';
 import { Sound, SoundError, missing } from './sound.js';
 import { keep, load, thisTab } from './store.js';
@@ -27,7 +28,7 @@ const STATES = {
   waiting: { says: 'Waiting for a place', label: 'Cancel', icon: 'close' },
   talking: { says: 'Talking', label: 'Pause', icon: 'pause' },
   paused: { says: 'Paused', label: 'Go on', icon: 'play' },
-  lost: { says: 'Connection lost, trying again', label: 'Pause', icon: 'pause' },
+  lost: { says: 'Reconnecting', label: 'Pause', icon: 'pause' },
   ended: { says: 'Ended', label: 'New talk', icon: 'mic' },
 };
 const OVER = new Set(['idle', 'ended']);
@@ -66,9 +67,8 @@ function takeToken() {
 }
 
 async function readInfo() {
-  try {
-    info = await (await fetch('/api/info')).json();
-  } catch {
+  info = await ask('/api/info');
+  if (!info) {
     notice.show('server-gone');
     setTimeout(readInfo, INFO_RETRY_MS);
     return;
@@ -153,6 +153,8 @@ function ready(message) {
 }
 
 function clearView() {
+  levels.moshi.clear();
+  levels.user.clear();
   transcript.clear();
   timing.clear();
   memory.clear();
@@ -160,7 +162,10 @@ function clearView() {
 
 function talkState(now) {
   if (now === 'paused' || now === 'lost') sound.hush();
-  if (now === 'lost') countDown();
+  if (now === 'lost') {
+    notice.show('reconnecting', { kind: 'warning' });
+    countDown();
+  }
   if (now === 'ended') ended();
   setState(now);
 }
@@ -179,7 +184,7 @@ function ended() {
 }
 
 function countDown() {
-  $('countdown').textContent = `${talk.secondsLeft} s left`;
+  $('countdown').textContent = `${talk.secondsLeft} s`;
   if (talk.state === 'lost') setTimeout(countDown, 500);
   else $('countdown').textContent = '';
 }
@@ -264,7 +269,7 @@ function showMute() {
 function showSaved(name) {
   session = name;
   saved.refresh(token);
-  notice.say('Saved', `as “${name}”`, { kind: 'info' });
+  notice.say('Saved', `as “${name}”`, { kind: 'info', brief: true });
 }
 
 function showProblem(key) {
@@ -306,17 +311,17 @@ function showWord(piece) {
 async function fetchWords() {
   fetching = true;
   early = [];
-  try {
-    const path = `/api/talks/${encodeURIComponent(talk.key)}/transcript.json`;
-    const { words } = await (await fetch(withToken(path, token))).json();
-    $('welcome').hidden = words.length > 0;
-    transcript.replace(words);
-    const last = Object.fromEntries(words.map(({ speaker, end }) => [speaker, end]));
-    early = early.filter(({ speaker, end }) => !(end <= last[speaker]));
-  } finally {
-    fetching = false;
-    for (const piece of early) transcript.add(piece);
-  }
+  const answer = await ask(talkFile(talk.key, 'transcript.json'), token);
+  fetching = false;
+  if (answer) showWords(answer.words);
+  early.forEach(showWord);
+}
+
+function showWords(words) {
+  $('welcome').hidden = words.length > 0;
+  transcript.replace(words);
+  const last = Object.fromEntries(words.map(({ speaker, end }) => [speaker, end]));
+  early = early.filter(({ speaker, end }) => !(end <= last[speaker]));
 }
 
 // -- wiring -----------------------------------------------------------------------------------------

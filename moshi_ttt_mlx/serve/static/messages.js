@@ -49,6 +49,10 @@ export const MESSAGES = {
     `It closed the connection before the talk began. Was the page opened at the address that the server
      printed?`,
   ],
+  reconnecting: [
+    'The connection is lost',
+    'The talk stands still for a minute. It goes on as soon as the server answers.',
+  ],
   lost: [
     'The talk is gone',
     'The connection did not come back within a minute. Start a new talk, or resume a saved one.',

@@ -2,6 +2,7 @@
 
 import { message } from './messages.js';
 
+const BRIEF_MS = 6000;
 const $ = (id) => document.getElementById(id);
 
 export class Notice {
@@ -21,10 +22,13 @@ export class Notice {
   }
 
   /**
-   * Show any words; `kind` is error or warning.
+   * Show any words; `kind` is error, warning or info.
    * @param {{label: string, act: Function}=} action a button beside the message
+   * @param {boolean=} brief it goes away by itself
    */
-  say(title, text, { key = null, kind = 'error', action = null } = {}) {
+  say(title, text, { key = null, kind = 'error', action = null, brief = false } = {}) {
+    clearTimeout(this.timer);
+    if (brief) this.timer = setTimeout(() => this.hide(), BRIEF_MS);
     this.key = key;
     this.act = action?.act;
     $('notice').dataset.kind = kind;

@@ -1,13 +1,9 @@
 // Saved talks: the list, the dialog that names one, and the downloads of this talk.
 
+import { ask, talkFile, withToken } from './api.js';
 import { clock } from './transcript.js';
 
 const $ = (id) => document.getElementById(id);
-
-/** A path of ours with the token, where there is one. */
-export function withToken(path, token) {
-  return token ? `${path}?token=${encodeURIComponent(token)}` : path;
-}
 
 function text(className, words) {
   const made = document.createElement('span');
@@ -30,9 +26,8 @@ export class SavedTalks {
   }
 
   async refresh(token) {
-    const response = await fetch(withToken('/api/sessions', token));
-    if (!response.ok) return;
-    const talks = await response.json();
+    const talks = await ask('/api/sessions', token);
+    if (!talks) return;
     this.names = new Set(talks.map(({ session }) => session));
     $('saved').replaceChildren(...talks.map((talk) => this.#item(talk)));
     $('saved-none').hidden = talks.length > 0;
@@ -63,7 +58,12 @@ export class SavedTalks {
   }
 }
 
-const suggestion = () => `talk ${new Date().toISOString().slice(0, 16).replace('T', ' ').replace(':', '')}`;
+/** A name nobody has yet: the local time, without the colon that file systems refuse. */
+function suggestion() {
+  const now = new Date();
+  const local = new Date(now - now.getTimezoneOffset() * 60_000).toISOString();
+  return `talk ${local.slice(0, 10)} ${local.slice(11, 16).replace(':', '')}`;
+}
 
 export class SaveDialog {
   /**
@@ -101,8 +101,7 @@ export class SaveDialog {
 /** Point the links at a talk's files. */
 export function offerDownloads(key, token) {
   for (const link of $('downloads').querySelectorAll('a')) {
-    const { file } = link.dataset;
-    link.href = withToken(`/api/talks/${encodeURIComponent(key)}/${file}`, token);
+    link.href = withToken(talkFile(key, link.dataset.file), token);
   }
   $('downloads').hidden = false;
 }
