@@ -70,11 +70,14 @@ def run(args: argparse.Namespace) -> int:
     context = _ssl_context(args)
     limits = Limits(sessions=args.max_sessions, record_minutes=args.record_minutes)
     app = _load(args, Guard(args.host, token), limits)
-    address = _address(args, token, secure=context is not None)
-    _greet(args, address, token, secure=context is not None)
     try:
         web.run_app(
-            app, host=args.host, port=args.port, ssl_context=context, print=None, access_log=None
+            app,
+            host=args.host,
+            port=args.port,
+            ssl_context=context,
+            access_log=None,
+            print=lambda _: _greet(args, token, secure=context is not None),  # once it listens
         )
     except OSError as error:
         raise UserError(
@@ -145,9 +148,10 @@ def _address(args: argparse.Namespace, token: str | None, secure: bool) -> str:
     return f"http{'s' if secure else ''}://{host}:{args.port}/{fragment}"
 
 
-def _greet(args: argparse.Namespace, address: str, token: str | None, secure: bool) -> None:
+def _greet(args: argparse.Namespace, token: str | None, secure: bool) -> None:
     from ..serve.guard import is_loopback
 
+    address = _address(args, token, secure)
     note = Console(stderr=True, highlight=False)
     if args.hf_repo == "demo":
         note.print(DEMO_NOTE, style="yellow")
