@@ -16,8 +16,8 @@ from .chromium import FRAME, NEEDS_CHROMIUM, RATE, played, resemblance, write_mi
 pytest.importorskip("aiohttp", reason="needs aiohttp (requirements/web.txt)")
 pytest.importorskip("playwright", reason="needs playwright (requirements/test.txt)")
 
-from .driving import CLEAN_UP, expect, expect_state, notice, start, wait_for  # noqa: E402
-from .fake_server import FakeServer  # noqa: E402
+from .driving import CLEAN_UP, expect, expect_state, notice, start, wait_for
+from .fake_server import FakeServer
 
 pytestmark = NEEDS_CHROMIUM
 

@@ -1,4 +1,4 @@
-"""The page and the real server with the demo model: sound, words, files, saving, places, foreign pages."""
+"""The page and the real server with the demo model: sound, words, files, saving, places, guests."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from .chromium import NEEDS_CHROMIUM, RATE, played, resemblance
 pytest.importorskip("aiohttp", reason="needs aiohttp (requirements/web.txt)")
 pytest.importorskip("playwright", reason="needs playwright (requirements/test.txt)")
 
-from .driving import CLEAN_UP, expect, expect_state, notice, start, wait_for  # noqa: E402
+from .driving import CLEAN_UP, expect, expect_state, notice, start, wait_for
 
 pytestmark = NEEDS_CHROMIUM
 

@@ -254,7 +254,6 @@ function setState(now) {
   $('mute').disabled = $('save').disabled = !isOn;
   $('end').disabled = !isOn && now !== 'lost';
   $('settings-note').hidden = OVER.has(now);
-  document.body.dataset.state = now;
   if (!isOn) memory.allow(false);
   saved.allow(OVER.has(now));
   keepAwake(isOn);

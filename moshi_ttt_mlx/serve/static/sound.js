@@ -5,7 +5,7 @@
 //   await sound.open({ microphone: '', speaker: '', echoCancellation: true, ... });
 //   sound.play(frame);
 
-export const RATE = 24000;
+const RATE = 24000;
 const ZERO_SECONDS = 2.5; // exact zeros for this long are no pause in speech
 const MUTED = 1e-6; // sent while muted here: exact zeros would make the server warn of a fault
 const FRAME_SECONDS = 0.08;
@@ -125,8 +125,8 @@ export class Sound {
     if (!canChooseSpeaker()) return;
     try {
       await this.context.setSinkId(id);
-    } catch (error) {
-      this.on.onProblem('no-speaker', error);
+    } catch {
+      this.on.onProblem('no-speaker');
     }
   }
 
