@@ -273,8 +273,7 @@ class TTTMemory(nn.Module):
             # Nothing is forgotten at first: exp(-softplus(-5)) is 0.993 a token.
             self.decay.bias = mx.full((config.heads,), -5.0)
         if config.conv > 1:
-            limit = 1 / math.sqrt(config.conv)
-            self.conv_weight = mx.random.uniform(-limit, limit, (config.conv, width))
+            self._init_convolutions()
         sizes = (config.heads, config.head_dim)
         if config.inner == "mlp":
             self.learner = TTTMLP(*sizes, config.hidden, config.rules)
@@ -293,6 +292,21 @@ class TTTMemory(nn.Module):
         else:
             self.out_proj = nn.Linear(inner, width, bias=False)
             self.gate = mx.zeros((width,))
+
+    def _init_convolutions(self) -> None:
+        """Ask by this token, file under the one before: at first "what came after this?".
+
+        From random taps and projections, recall stayed at chance for the first hundreds of steps;
+        from here there is something to read at once. Training is free to leave it.
+        """
+        config = self._config
+        shape = (config.conv, self._width)
+        self.k_conv = 0.02 * mx.random.normal(shape)
+        self.k_conv[-2] += 1
+        if config.read == "query":
+            self.q_conv = 0.02 * mx.random.normal(shape)
+            self.q_conv[-1] += 1
+            self.q_proj.weight = mx.array(self.k_proj.weight)
 
     @property
     def config(self) -> MemoryConfig:
@@ -407,12 +421,12 @@ class TTTMemory(nn.Module):
 
     def _inputs(self, xs: mx.array, cache: MemoryCache) -> dict[str, mx.array | None]:
         """Queries, keys, values `[B, H, T, f]`, rates and decays `[B, H, T]`, in float32."""
-        mixed = self._convolve(xs, cache)
-        xs = wide(xs)
-        k = _unit(self._split(self.k_proj(mixed)))
+        line, xs = self._line(xs, cache), wide(xs)
+        k = _unit(self._split(self.k_proj(self._convolve(line, "k_conv"))))
         # The slots read asks by its probes alone.
-        slots = self._config.read == "slots"
-        q = k if slots else _unit(self._split(self.q_proj(mixed)))
+        q = k
+        if self._config.read == "query":
+            q = _unit(self._split(self.q_proj(self._convolve(line, "q_conv"))))
         if self._config.rope:
             q, k = self._rotate(q, cache), self._rotate(k, cache)
         return {
@@ -423,14 +437,18 @@ class TTTMemory(nn.Module):
             "decay": self._learned_decay(xs),
         }
 
-    def _convolve(self, xs: mx.array, cache: MemoryCache) -> mx.array:
-        """Causal depthwise convolution; its last inputs are state."""
+    def _line(self, xs: mx.array, cache: MemoryCache) -> mx.array:
+        """The inputs behind the `conv - 1` before them, which are state: `[B, conv - 1 + T, D]`."""
+        line = mx.concatenate([cache.tail, wide(xs)], axis=1) if cache.tail.size else wide(xs)
+        cache.tail = line[:, xs.shape[1] :]
+        return line
+
+    def _convolve(self, line: mx.array, name: str) -> mx.array:
+        """Causal depthwise convolution: `[B, conv - 1 + T, D]` -> `[B, T, D]`."""
         if self._config.conv == 1:
-            return wide(xs)
-        t, w = xs.shape[1], self._config.conv
-        line = mx.concatenate([cache.tail, wide(xs)], axis=1)
-        cache.tail = line[:, t:]
-        return sum(self.conv_weight[i] * line[:, i : i + t] for i in range(w))
+            return line
+        tokens = line.shape[1] - self._config.conv + 1
+        return sum(tap * line[:, i : i + tokens] for i, tap in enumerate(self[name]))
 
     def _split(self, x: mx.array) -> mx.array:
         b, t, _ = x.shape

@@ -170,9 +170,11 @@ def test_traced_steps_equal_plain_ones(kind):
     assert ours(traced, user) == ours(plain, user)
     want, got = plain.state(), traced.state()
     assert want[1] == got[1]
+    # Compiled code rounds differently, and the first folds, out of weights near zero, divide by
+    # almost nothing: 1e-7 becomes 1e-4. A wrong place or a missed fold is off by 0.1 and more.
     for name, array in want[0].items():
         np.testing.assert_allclose(
-            np.array(got[0][name]), np.array(array), rtol=0, atol=1e-4, err_msg=name
+            np.array(got[0][name]), np.array(array), rtol=0, atol=1e-3, err_msg=name
         )
 
 
