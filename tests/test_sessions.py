@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -30,16 +31,27 @@ def tensors(path):
         return {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
 
 
-@pytest.fixture
-def halves(folder, adapter_path):  # noqa: F811
-    """A talk of 40 frames held in one go and in two, named whole and halves, with a memory."""
+@pytest.fixture(scope="module")
+def held(tmp_path_factory, adapter_path):  # noqa: F811
+    """A folder with a talk of 40 frames, held in one go and in two, by name and with a memory."""
+    folder = tmp_path_factory.mktemp("held")
     samples = voice(40)
     parts = {"whole": samples, "first": samples[: 17 * FRAME], "second": samples[17 * FRAME :]}
-    for name, part in parts.items():
-        write(f"{name}.wav", part)
-    for part, name in (("whole", "whole"), ("first", "halves"), ("second", "halves")):
-        flags = ["--adapter-path", adapter_path, "--json", f"{part}.json"]
-        transcribe(f"{part}.wav", f"{part}-out.wav", name, *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MOSHI_TTT_SESSIONS", str(folder / "sessions"))
+        for name, part in parts.items():
+            write(f"{name}.wav", part)
+        for part, name in (("whole", "whole"), ("first", "halves"), ("second", "halves")):
+            flags = ["--adapter-path", adapter_path, "--json", f"{part}.json"]
+            transcribe(f"{part}.wav", f"{part}-out.wav", name, *flags)
+    return folder
+
+
+@pytest.fixture
+def halves(folder, held):
+    """A copy of it, and the folder to be in."""
+    shutil.copytree(held, folder.parent, dirs_exist_ok=True)
     return SessionStore(folder)
 
 
