@@ -81,14 +81,9 @@ async def test_start_talk_stop(tmp_path):
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
 @async_test
 async def test_other_devices_need_the_token_and_get_tls(tmp_path):
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
-        + ["-keyout", "key.pem", "-out", "cert.pem", "-subj", "/CN=localhost"]
-        + ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -keyout key.pem -out cert.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subprocess.run([*make.split(), *names], cwd=tmp_path, check=True, capture_output=True)
     trust = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
     flags = ["--host", "0.0.0.0", "--port", str(free_port()), "--ssl", str(tmp_path)]
     async with started(*flags) as (server, url):
