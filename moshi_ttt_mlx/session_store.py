@@ -292,7 +292,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _unfinished_save_of(path: Path) -> str | None:
-    """The session file whose save has left this one, see `session._write_atomically`."""
+    """The session file whose save has left this one, see `session.write_session`."""
     found = re.fullmatch(rf"\.(.+{re.escape(ENDING)})\.\w+\.safetensors", path.name)
     return found[1] if found else None
 
