@@ -236,10 +236,16 @@ def files(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_what_a_run_leaves(tmp_path, shards):
+@pytest.mark.parametrize("plots", [True, False])
+def test_what_a_run_leaves(tmp_path, shards, monkeypatch, plots):
+    if plots:
+        pytest.importorskip("matplotlib")
+    monkeypatch.setattr("moshi_ttt_mlx.train.run.can_plot", lambda: plots)
     out = tmp_path / "out"
     run = run_all(out, shards, save_every=3, eval_every=4)
-    assert files(out) == [
+    found = files(out)
+    assert ("training.png" in found) == plots
+    assert [name for name in found if name != "training.png"] == [
         "best/memory.safetensors",
         "best/memory_config.json",
         "checkpoint/last.json",

@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..surgery import CONFIG_NAME, WEIGHTS_NAME, save_adapter
 from . import checkpoint
 from .data import Shard
+from .plots import PLOT_NAME, can_plot, plot_run
 from .trainer import Losses, Report, Trainer
 
 MODEL_NAME = "model.safetensors"
@@ -139,6 +140,9 @@ class Run:
             self.trainer.together,
         )
         self._export(self.folder / "last")
+        if self.trainer.together.leads and can_plot():
+            lines = read_log(self.folder)
+            checkpoint.replace_file(self.folder / PLOT_NAME, lambda new: plot_run(lines, new))
 
     def _export(self, folder: Path) -> None:
         if not self.trainer.together.leads:

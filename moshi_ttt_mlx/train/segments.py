@@ -47,7 +47,7 @@ Params = dict[str, dict]
 """Parameter trees by group, float32: `memory`, and in phase `all` also `base`."""
 
 # The depformer's activations of so many frames are kept at a time; frames know nothing of each other.
-_DEPFORMER_FRAMES = 128
+DEPFORMER_FRAMES = 128
 
 
 class Carried(NamedTuple):
@@ -264,8 +264,8 @@ class Learner:
         if targets.shape[1] == 1:
             return losses
         parts = []
-        for start in range(0, hidden.shape[1], _DEPFORMER_FRAMES):
-            some = slice(start, start + _DEPFORMER_FRAMES)
+        for start in range(0, hidden.shape[1], DEPFORMER_FRAMES):
+            some = slice(start, start + DEPFORMER_FRAMES)
             true = targets[:, :, some]
             run = recomputed(
                 [self.lm.depformer],
