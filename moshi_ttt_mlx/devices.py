@@ -10,11 +10,13 @@ What lives here: finding devices, :class:`Microphone` (calls back with frames of
 sounddevice (PortAudio) opens devices and soxr resamples.
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import numpy as np
@@ -66,12 +68,27 @@ def _portaudio() -> ModuleType:
         ) from error
     except ImportError as error:
         raise UserError("live talk needs sounddevice: pip install sounddevice") from error
+    _hush_alsa()
     return sounddevice
+
+
+@ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p
+)
+def _say_nothing(*_: object) -> None:
+    pass
+
+
+@cache
+def _hush_alsa() -> None:
+    """Linux's ALSA reports every underrun on stderr, into the middle of the screen; we count them."""
+    with suppress(OSError):  # there is none on other systems
+        ctypes.CDLL("libasound.so.2").snd_lib_error_set_handler(_say_nothing)
 
 
 @contextmanager
 def _without_chatter() -> Iterator[None]:
-    """PortAudio and ALSA write on the program's stderr what they also return: keep the screen clean."""
+    """PortAudio writes on the program's stderr what it also returns: keep the screen clean."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)

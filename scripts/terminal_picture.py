@@ -8,6 +8,7 @@ untrained memory talks, so its words mean nothing. Needs tmux and PulseAudio, se
 
 import argparse
 import io
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import soundfile
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.text import Text
 from virtual_sound import VirtualSound, first, missing
@@ -27,7 +29,12 @@ from moshi_ttt_mlx.surgery import add_memory, save_adapter
 
 CLIP = Path(moshi_ttt_mlx.__file__).parent / "assets" / "demo_clip.flac"
 COLUMNS, ROWS = 96, 20
-CONFIG = moshi_ttt_mlx.MemoryConfig(layers="top:2", heads=2, head_dim=8, hidden=16, window=50)
+# An untrained memory would jump to and fro: it learns slowly here.
+CONFIG = moshi_ttt_mlx.MemoryConfig(
+    layers="top:2", heads=2, head_dim=8, hidden=16, window=50, base_lr=0.1
+)
+# Without the fonts that rich's picture fetches from elsewhere.
+SVG = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 
 
 class Tmux:
@@ -87,7 +94,7 @@ def save_picture(screen: str, path: Path) -> None:
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi(screen.rstrip()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    console.save_svg(str(path), title="moshi-ttt-mlx")
+    console.save_svg(str(path), title="moshi-ttt-mlx", code_format=SVG)
 
 
 def talk(folder: Path, seconds: float, keys: list[str]) -> str:

@@ -1,6 +1,9 @@
 """Any device becomes 24 kHz mono frames, and what is wrong with a device is said in one line."""
 
+import ctypes
+import os
 import sys
+from ctypes.util import find_library
 from types import SimpleNamespace
 
 import numpy as np
@@ -338,3 +341,83 @@ def test_a_lost_device_is_not_waited_for(portaudio, kind, end, ending):
 def test_blocks_are_short_beside_a_frame():
     # A resampled frame waits for at most one block more.
     assert devices.BLOCK_SECONDS <= 0.25 * FRAME_SIZE / SAMPLE_RATE
+
+
+# ---- after a device was unplugged
+
+
+@pytest.fixture
+def replugged(portaudio):
+    """PortAudio as it is: it sees what is plugged in when it begins, and not before it has ended."""
+    portaudio.plugged, portaudio._initialized = list(portaudio.table), 1
+
+    def terminate():
+        assert portaudio._initialized, "it has ended already"
+        portaudio._initialized -= 1
+        portaudio.table.clear()
+
+    def initialize():
+        if portaudio.plugged is None:
+            raise PortAudioError("no sound system")
+        portaudio._initialized += 1
+        portaudio.table[:] = portaudio.plugged
+
+    portaudio._terminate, portaudio._initialize = terminate, initialize
+    return portaudio
+
+
+def test_a_device_is_found_again_by_its_name_wherever_it_is_now(replugged):
+    microphone = Microphone(find_device("input", "Headset"))
+    loudspeaker = Loudspeaker(find_device("output"))
+    assert (microphone.device.index, microphone.rate) == (3, 16000)
+    del replugged.plugged[3]
+    assert not devices.find_again(microphone, loudspeaker)
+    replugged.plugged.insert(0, entry("Headset", 2, 2, 16000.0))
+    assert devices.find_again(microphone, loudspeaker)
+    assert (microphone.device.index, microphone.rate, microphone.channels) == (0, 24000, 2)
+    assert (loudspeaker.device.index, loudspeaker.name) == (2, "Built-in Output")
+    microphone.start(lambda frame: None)
+    assert FakeStream.opened.settings["device"] == 0
+
+
+def test_of_two_of_one_name_the_one_on_the_same_system_is_it(replugged):
+    replugged.hosts.append({"name": "JACK"})
+    microphone = Microphone(find_device("input", "Headset"))
+    replugged.plugged.insert(0, entry("Headset", 1, 0, host=1))
+    assert devices.find_again(microphone)
+    assert (microphone.device.host, microphone.device.index) == ("ALSA", 4)
+
+
+def test_a_rate_that_was_asked_for_stays(replugged):
+    microphone = Microphone(find_device("input", "USB Interface Mini"), rate=48000)
+    assert devices.find_again(microphone) and microphone.rate == 48000
+
+
+def test_a_sound_system_that_is_gone_is_asked_again_and_again(replugged):
+    microphone = Microphone(find_device("input"))
+    kept, replugged.plugged = replugged.plugged, None
+    assert not devices.find_again(microphone) and not devices.find_again(microphone)
+    replugged.plugged = kept
+    assert devices.find_again(microphone) and replugged._initialized == 1
+
+
+def test_what_the_sound_system_prints_when_it_fails_stays_off_the_screen(portaudio, capfd):
+    class Chatty(FakeStream):
+        def __init__(self, **settings):
+            os.write(2, b"ALSA lib pcm.c: no such device\n")
+            raise PortAudioError("no such device")
+
+    portaudio.InputStream = Chatty
+    with pytest.raises(UserError, match="no such device"):
+        opened(portaudio, 0).start(lambda frame: None)
+    os.write(2, b"ours\n")
+    assert capfd.readouterr().err == "ours\n"
+
+
+@pytest.mark.skipif(find_library("asound") is None, reason="needs ALSA")
+def test_alsa_keeps_its_troubles_off_the_screen(portaudio, capfd):
+    find_device("input")
+    handle = ctypes.c_void_p()
+    alsa = ctypes.CDLL("libasound.so.2")
+    assert alsa.snd_pcm_open(ctypes.byref(handle), b"no-such-device", 0, 0) < 0
+    assert capfd.readouterr().err == ""
