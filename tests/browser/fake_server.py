@@ -92,8 +92,9 @@ class FakeTalk:
 class FakeServer:
     """`with FakeServer() as server:` then `server.url`.
 
-    Attributes for tests: `talks` by key, `first_messages`, `deaf` (no connection is taken), `places`
-    (0: all are taken), `quiet` (says nothing by itself but sound), `info` (the answer of /api/info).
+    Attributes for tests: `talks` by key, `first_messages`, `info` (the answer of /api/info), `deaf` (no
+    connection is taken), `places` (0: all are taken), `refusal` (why no talk begins), `quiet` (says
+    nothing by itself but sound).
     """
 
     _numbers: ClassVar = itertools.count(1)
@@ -103,6 +104,7 @@ class FakeServer:
         self.info = {**INFO}
         self.talks, self.saved, self.first_messages = {}, {}, []
         self.sockets, self.deaf, self.places, self.quiet = {}, False, 1, False
+        self.refusal = None
 
     def __enter__(self):
         started = threading.Event()
@@ -194,6 +196,9 @@ class FakeServer:
     async def _converse(self, socket):
         start = json.loads((await socket.receive()).data)
         self.first_messages.append(start)
+        if self.refusal:
+            await socket.send_json({"type": "ended", "reason": self.refusal, "again": False})
+            return
         if self.places == 0:
             await socket.send_json({"type": "wait", "message": "1 of 1 talks", "position": 1})
             while self.places == 0 and not socket.closed:

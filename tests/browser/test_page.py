@@ -13,8 +13,8 @@ import soundfile
 
 from .chromium import FRAME, NEEDS_CHROMIUM, RATE, played, resemblance, write_microphone
 
-pytest.importorskip("aiohttp", reason="needs aiohttp (requirements/web.txt)")
-pytest.importorskip("playwright", reason="needs playwright (requirements/test.txt)")
+pytest.importorskip("aiohttp", reason="needs aiohttp: requirements/web.txt")
+pytest.importorskip("playwright", reason="needs playwright: pip install playwright")
 
 from .driving import CLEAN_UP, expect, expect_state, notice, start, wait_for
 from .fake_server import FakeServer
@@ -178,9 +178,19 @@ def test_another_talks_name_needs_a_second_thought(page, server):
     expect(page.locator("#notice")).to_contain_text("taken")
 
 
-def test_mute_sends_no_voice(page, server):
+KEEP_STREAM = """
+const ask = MediaDevices.prototype.getUserMedia;
+MediaDevices.prototype.getUserMedia = async function (wish) {
+  return (window.stream = await ask.call(this, wish));
+};
+"""
+
+
+def test_mute_sends_no_voice(open_page, server):
+    page = open_page(server.url, script=KEEP_STREAM)
     start(page)
     page.click("#mute")
+    assert not page.evaluate("window.stream.getAudioTracks()[0].enabled")  # the browser knows, too
     wait_for_frames(page, server, 25)
     late = np.concatenate(server.talk.heard[-10:])
     assert 0 < np.abs(late).max() < 1e-5  # no exact zeros: those mean a fault
@@ -264,6 +274,22 @@ def test_the_servers_words_about_trouble(page, server):
     server.send({"type": "ended", "reason": "the server was stopped", "again": False})
     expect_state(page, "Ended")
     expect(page.locator("#notice")).to_contain_text("the server was stopped")
+
+
+def test_a_talk_that_may_be_taken_up_again_offers_it(page, server):
+    start(page)
+    server.send({"type": "ended", "reason": "sound came too fast", "again": True})
+    expect_state(page, "Ended")
+    page.click("text=Take it up again")
+    expect_state(page, "Talking")
+    assert server.first_messages[-1]["resume"] == server.talk.key
+
+
+def test_a_refused_start_says_why(page, server):
+    server.refusal = "17 clients wait already: come back later"
+    page.click("#start")
+    assert notice(page) == "The talk could not begin"
+    expect(page.locator("#notice")).to_contain_text("17 clients wait already")
 
 
 def test_permission_denied(open_page, server):

@@ -19,8 +19,8 @@ from moshi_ttt_mlx.surgery import add_memory, save_adapter
 
 from .chromium import NEEDS_CHROMIUM, RATE, played, resemblance
 
-pytest.importorskip("aiohttp", reason="needs aiohttp (requirements/web.txt)")
-pytest.importorskip("playwright", reason="needs playwright (requirements/test.txt)")
+pytest.importorskip("aiohttp", reason="needs aiohttp: requirements/web.txt")
+pytest.importorskip("playwright", reason="needs playwright: pip install playwright")
 
 from .driving import CLEAN_UP, expect, expect_state, notice, start, wait_for
 

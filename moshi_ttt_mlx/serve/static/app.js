@@ -180,7 +180,7 @@ function ended() {
   const last = talk.key;
   const action = again ? { label: 'Take it up again', act: () => begin({ resume: last }) } : null;
   if (key) notice.show(key);
-  else notice.say('The talk has ended', text ?? '', { action });
+  else notice.say(last ? 'The talk has ended' : 'The talk could not begin', text, { action });
 }
 
 function countDown() {
