@@ -343,7 +343,7 @@ async def test_a_dropped_connection_is_taken_up_again(tmp_path, how):
     opener = Opener()
     async with serving(tmp_path, opener) as client:
         talker = await Talker.begin(client)
-        await talker.speak(voice(), voice(), voice()[:500])
+        await talker.speak(voice(), voice(), voice(0.1)[:500])
         await talker.replies(2)
         if how == "close":
             await talker.leave()
@@ -358,6 +358,29 @@ async def test_a_dropped_connection_is_taken_up_again(tmp_path, how):
         await again.hears("word", lambda word: word["text"] == " w2")
         assert len(opener.sessions) == 1
         assert (await again.replies(1))[0].min() == 0.25  # no rest of a frame from before
+
+
+@async_test
+async def test_a_talk_that_was_taken_up_does_not_end_when_its_time_to_come_back_does(tmp_path):
+    async with serving(tmp_path, resume_seconds=0.3) as client:
+        talker = await Talker.begin(client)
+        await talker.leave()
+        again = await Talker.begin(client, resume=talker.ready["key"])
+        await asyncio.sleep(0.5)
+        await again.speak(voice())
+        await again.replies(1)
+
+
+@async_test
+async def test_a_pause_ends_with_its_connection(tmp_path):
+    async with serving(tmp_path) as client:
+        talker = await Talker.begin(client)
+        await talker.ask("pause")
+        await talker.hears("paused")
+        await talker.leave()
+        again = await Talker.begin(client, resume=talker.ready["key"])
+        await again.speak(voice())
+        await again.replies(1)
 
 
 @async_test
@@ -408,6 +431,15 @@ async def test_sound_far_faster_than_it_can_be_heard_is_cut_off(tmp_path):
         assert "faster than it can be heard" in last["reason"] and last["again"]
         assert talker.socket.close_code == 1008
         await Talker.begin(client, resume=talker.ready["key"])
+
+
+@async_test
+async def test_a_flood_of_messages_without_sound_is_cut_off(tmp_path):
+    async with serving(tmp_path, burst_seconds=0.1) as client:
+        talker = await Talker.begin(client)
+        for _ in range(200):
+            await talker.speak([])
+        assert "faster than" in (await talker.rest())["reason"]
 
 
 @async_test
@@ -536,8 +568,9 @@ async def test_a_talk_without_a_name_or_that_failed_is_not_saved_at_its_end(tmp_
         assert [len(session.saved) for session in opener.sessions] == [0, 1]
 
 
+@pytest.mark.parametrize("error", [UserError("the disk is full"), RuntimeError("the disk is full")])
 @async_test
-async def test_a_last_save_that_fails_is_said(tmp_path):
+async def test_a_last_save_that_fails_is_said(tmp_path, error):
     opener = Opener()
     async with serving(tmp_path, opener) as client:
         talker = await Talker.begin(client)
@@ -545,11 +578,13 @@ async def test_a_last_save_that_fails_is_said(tmp_path):
         await talker.hears("saved")
 
         def save(path):
-            raise UserError("the disk is full")
+            raise error
 
         opener.sessions[0].save = save
         await talker.ask("end")
-        assert (await talker.rest())["reason"] == "ended by the client; the disk is full"
+        reason = (await talker.rest())["reason"]
+        assert reason.startswith("ended by the client; ") and reason.endswith("the disk is full")
+        await Talker.begin(client)  # the place is free all the same
 
 
 # ---- the end of the server

@@ -167,6 +167,17 @@ async def test_files_that_cannot_be_resumed_are_listed_and_refused(tmp_path):
 
 
 @async_test
+async def test_a_talk_of_the_served_model_fits(tmp_path):
+    models = Models("demo")
+    async with serving(tmp_path, models, fits=load("demo").fingerprint) as client:
+        talker = await Talker.begin(client)
+        await talker.ask("save", session="monday")
+        await talker.hears("saved")
+        [entry] = await (await client.get("/api/sessions")).json()
+        assert entry["fits"] is True and entry["model"] == "demo"
+
+
+@async_test
 async def test_the_memory_shows_in_the_meter_and_can_be_frozen(tmp_path):
     mx.random.seed(2)
     config = MemoryConfig(layers="top:2", heads=2, head_dim=8, hidden=16, mini_batch=4, window=20)

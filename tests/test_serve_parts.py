@@ -38,7 +38,7 @@ class Player:
 
     def __init__(self, name, frames, log, fail_at=None):
         self.name, self.frames, self.log, self.fail_at = name, frames, log, fail_at
-        self.failure, self.done = None, threading.Event()
+        self.failures, self.done = [], threading.Event()
 
     def waiting(self):
         return self.frames > 0
@@ -52,7 +52,7 @@ class Player:
             self.done.set()
 
     def fail(self, error):
-        self.failure = error
+        self.failures.append(error)
         self.done.set()
 
 
@@ -103,8 +103,9 @@ def test_a_player_that_fails_gets_no_more_turns_and_the_others_do(thread, error)
     thread.add(well)
     let_go()
     assert ill.done.wait(10) and well.done.wait(10)
-    assert "".join(log) == "abbb" and isinstance(ill.failure, Exception)
-    assert str(ill.failure) == str(error)
+    thread.call(lambda: None).result(10)
+    assert "".join(log) == "abbb" and len(ill.failures) == 1
+    assert isinstance(ill.failures[0], Exception) and str(ill.failures[0]) == str(error)
 
 
 def test_a_job_that_fails_is_its_callers(thread):

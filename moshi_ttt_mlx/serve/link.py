@@ -20,6 +20,11 @@ from .wire import Wire
 
 METER_SECONDS = 1 / 3
 
+LEAST_SAMPLES = 64
+"""A message counts as so much sound at least: many small ones cost time, too."""
+
+_NOTHING = np.empty(0, np.float32)
+
 _log = logging.getLogger(__name__)
 
 
@@ -100,13 +105,16 @@ class Link:
     # -- what the client sends
 
     async def _take(self, message: np.ndarray | dict | None) -> None:
-        if isinstance(message, np.ndarray):
-            if not self._sound.take(len(message)):
-                self._throw_out("sound came faster than it can be heard")
-            elif self._talk is not None:
-                self._talk.hear(message)
-        elif message is not None:
+        if isinstance(message, dict):
             await self._do(message)
+        else:
+            self._hear(_NOTHING if message is None else message)
+
+    def _hear(self, samples: np.ndarray) -> None:
+        if not self._sound.take(max(len(samples), LEAST_SAMPLES)):
+            self._throw_out("sound came faster than it can be heard")
+        elif self._talk is not None:
+            self._talk.hear(samples)
 
     def _refuse(self, message: str) -> None:
         """Answer a bad message, which counts as a request."""

@@ -106,7 +106,7 @@ class ServedTalk:
     def detach(self) -> None:
         """Nobody listens: the frames that wait are still answered, into the transcript."""
         self.outbox = None
-        self._rest = self._rest[:0]
+        self.pause(False)  # what was asked for on one connection ends with it
 
     def pause(self, paused: bool) -> None:
         """Hear nothing, or hear again."""

@@ -183,6 +183,9 @@ class Talks:
             name = await self.save(talk, talk.name)
         except UserError as error:
             return f"{reason}; {error}"
+        except Exception as error:  # whatever it was, the talk must end and its client hear of it
+            _log.exception("a talk could not be saved at its end")
+            return f"{reason}; it could not be saved: {error}"
         talk.emit({"type": "saved", "session": name})
         return reason
 
@@ -208,7 +211,9 @@ class Talks:
             self.end(talk, STOPPED if talk.name else f"{STOPPED}; {NOT_KEPT}", code=GOING_AWAY)
             for talk in running
         ]
-        await asyncio.gather(*ends, *self._tasks)
+        for result in await asyncio.gather(*ends, *self._tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                _log.error("a talk did not end well", exc_info=result)
 
     def cleanup(self) -> None:
         """Remove the recordings."""
