@@ -12,11 +12,13 @@ from mimi_checkpoints import sound
 from serve_client import Talker, async_test, serving
 
 from moshi_ttt_mlx import MemoryConfig, Session, load
+from moshi_ttt_mlx.audio import WavWriter
 from moshi_ttt_mlx.serve.info import describe
 from moshi_ttt_mlx.serve.limits import Limits
 from moshi_ttt_mlx.surgery import add_memory, save_adapter
 from moshi_ttt_mlx.user_words import Dialogue
 
+DOCS = Path(__file__).parents[1] / "docs" / "server.md"
 PLAIN_STT = {"audio_delay_seconds": 0.16, "audio_silence_prefix_seconds": 0.0}
 
 
@@ -275,6 +277,21 @@ async def test_a_speech_to_text_model_alone_writes_and_says_nothing(tmp_path):
         assert words[-1]["end"] == want[-1]["end"]
 
 
+@async_test
+async def test_the_documented_client_works(tmp_path, capsys):
+    code = DOCS.read_text().split("```python\n")[1].split("```")[0]
+    names = {"__name__": "documented"}
+    exec(code, names)
+    with WavWriter(tmp_path / "hello.wav") as wav:
+        wav.write(frames(6).reshape(1, -1))
+    models = Models("demo")
+    async with serving(tmp_path, models) as client:
+        await names["talk"](tmp_path / "hello.wav", str(client.make_url("/")))
+        said = capsys.readouterr()
+        assert "ended by the client" in said.err and "error" not in said.err
+        assert said.out and models.loaded
+
+
 def test_what_a_model_is_said_to_be():
     model = load("demo")
     settings = {"temp": None, "text_temp": 0.5, "top_k": 0, "text_top_k": 10, "context": None}
@@ -289,8 +306,7 @@ def test_what_a_model_is_said_to_be():
 
 
 def test_the_documented_info_is_the_info():
-    documented = Path(__file__).parents[1].joinpath("docs", "server.md").read_text()
-    example = json.loads(documented.split("```json\n")[1].split("```")[0])
+    example = json.loads(DOCS.read_text().split("```json\n")[1].split("```")[0])
     settings = dict.fromkeys(example["defaults"])
     info = describe(load("demo"), None, settings, Limits()) | {"needs_token": False}
     assert info.keys() == example.keys()
