@@ -1,13 +1,15 @@
 """The server's own protocol, `/api/talk`, over a real socket, with sessions that need no model."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_talk import SILENCE, voice
-from serve_client import Opener, Talker, async_test, serving
+from serve_client import Opener, ServedSession, Talker, async_test, serving
 
 from moshi_ttt_mlx import UserError
 from moshi_ttt_mlx.serve import talk as talk_module
@@ -416,6 +418,27 @@ async def test_a_new_connection_takes_over_from_one_that_looks_alive(tmp_path):
         await asyncio.sleep(0.2)
         await new.speak(voice())
         await new.replies(1)
+
+
+@async_test
+async def test_nothing_holds_a_session_that_is_over(tmp_path):
+    """A session of the real model is gigabytes."""
+    refs = []
+
+    def open_session(settings, path):
+        session = ServedSession(settings, path)
+        refs.append(weakref.ref(session))
+        return session
+
+    async with serving(tmp_path, open_session) as client:
+        for _ in range(2):
+            talker = await Talker.begin(client)
+            await talker.speak(voice(), voice())
+            await talker.replies(2)
+            await talker.ask("end")
+            await talker.rest()
+        gc.collect()
+        assert [ref() for ref in refs] == [None, None]
 
 
 # ---- too much
