@@ -197,6 +197,34 @@ def test_mute_sends_no_voice(open_page, server):
     assert page.get_attribute("#mute", "aria-pressed") == "true"
 
 
+def test_devices_are_remembered_and_changed_in_a_talk(open_page, server):
+    page = open_page(server.url, script=KEEP_STREAM)
+    used = "window.stream.getAudioTracks()[0].getSettings()"
+    start(page)
+    other = page.locator("#microphone option").nth(2).get_attribute("value")
+    assert page.evaluate(used)["deviceId"] != other
+    page.select_option("#microphone", other)
+    wait_for(page, lambda: page.evaluate(used)["deviceId"] == other)
+    assert page.evaluate(used)["echoCancellation"]
+    page.uncheck("[name=echoCancellation]")
+    wait_for(page, lambda: not page.evaluate(used)["echoCancellation"])
+    wait_for_frames(page, server, 5)
+    page.reload()
+    page.click("#start")
+    expect_state(page, "Talking")
+    assert page.evaluate(used)["deviceId"] == other
+    assert page.input_value("#microphone") == other
+
+
+def test_a_remembered_microphone_that_is_not_there(open_page, server):
+    page = open_page(server.url)
+    gone = {"devices": {"microphone": "0" * 64, "speaker": ""}}
+    page.evaluate("(gone) => localStorage.setItem('moshi-settings', JSON.stringify(gone))", gone)
+    page.reload()
+    start(page)
+    wait_for_frames(page, server, 5)
+
+
 # -- what goes wrong --------------------------------------------------------------------------------
 
 
@@ -313,6 +341,35 @@ def test_a_microphone_of_exact_zeros(open_page, server, launch, tmp_path):
     server.send({"type": "warning", "message": "your side has been exact silence"})
     page.wait_for_timeout(200)
     assert notice(page) == "The microphone is silent"  # once is enough
+
+
+def test_an_unplugged_microphone_is_replaced(open_page, server):
+    page = open_page(server.url, script=KEEP_STREAM)
+    start(page)
+    # What the browser does then: the track ends, without an end to the talk.
+    page.evaluate("""const [track] = window.stream.getAudioTracks();
+        track.stop(); track.dispatchEvent(new Event('ended')); """)
+    assert notice(page) == "The microphone is gone"
+    page.evaluate("navigator.mediaDevices.dispatchEvent(new Event('devicechange'))")
+    expect(page.locator("#notice")).to_be_hidden()
+    wait_for_frames(page, server, 5)
+
+
+KEEP_CONTEXT = """
+window.AudioContext = class extends AudioContext {
+  constructor(...args) { super(...args); window.context = this; }
+};
+"""
+
+
+def test_sound_that_the_browser_stopped_goes_on_with_any_key(open_page, server):
+    page = open_page(server.url, script=KEEP_CONTEXT)
+    start(page)
+    page.evaluate("window.context.suspend()")
+    assert notice(page) == "The browser stopped the sound"
+    page.keyboard.press("Shift")
+    expect(page.locator("#notice")).to_be_hidden()
+    wait_for_frames(page, server, 5)
 
 
 def test_plain_http_from_another_device(open_page, server):

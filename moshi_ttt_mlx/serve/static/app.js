@@ -215,7 +215,7 @@ function pressEnd() {
 }
 
 async function changeDevice(name) {
-  if (OVER.has(state)) return;
+  if (OVER.has(state) || state === 'asking') return;
   const choice = settings.sound;
   if (name === 'speaker') return sound.useSpeaker(choice.speaker);
   try {

@@ -26,9 +26,14 @@ export class Settings {
   constructor(form, onDevice) {
     this.form = form;
     this.fields = form.elements;
-    form.addEventListener('input', () => this.#changed());
-    form.addEventListener('change', ({ target }) => {
-      if (DEVICES.includes(target.name) || CHECKS.includes(target.name)) onDevice(target.name);
+    // Not read from the lists: before the permission is given those are empty.
+    this.devices = { microphone: '', speaker: '', ...stored().devices };
+    form.addEventListener('input', ({ target }) => {
+      if (DEVICES.includes(target.name)) this.devices[target.name] = target.value;
+      this.#changed();
+    });
+    form.addEventListener('change', ({ target: { name } }) => {
+      if (DEVICES.includes(name) || CHECKS.includes(name)) onDevice(name);
     });
     form.addEventListener('submit', (event) => event.preventDefault());
     document.getElementById('defaults').addEventListener('click', () => this.#reset());
@@ -60,10 +65,11 @@ export class Settings {
 
   /** What Sound.open takes. */
   get sound() {
-    const choice = {};
-    for (const name of DEVICES) choice[name] = this.fields[name].value;
-    for (const name of CHECKS) choice[name] = this.fields[name].checked;
-    return choice;
+    return { ...this.devices, ...this.#checks() };
+  }
+
+  #checks() {
+    return Object.fromEntries(CHECKS.map((name) => [name, this.fields[name].checked]));
   }
 
   async refreshDevices() {
@@ -73,10 +79,9 @@ export class Settings {
   }
 
   #offer(name, devices) {
-    const select = this.fields[name];
-    const chosen = select.value || stored()[name] || '';
+    const chosen = this.devices[name];
     const options = devices.map(({ id, label }) => new Option(label, id, false, id === chosen));
-    select.replaceChildren(new Option('System default', ''), ...options);
+    this.fields[name].replaceChildren(new Option('System default', ''), ...options);
   }
 
   #fill(values) {
@@ -96,7 +101,7 @@ export class Settings {
 
   #changed() {
     this.#label();
-    keep(forever, STORE, { ...this.talk, ...this.sound });
+    keep(forever, STORE, { ...this.talk, ...this.#checks(), devices: this.devices });
   }
 
   #reset() {

@@ -24,17 +24,18 @@ export class SoundError extends Error {}
 const DENIALS = {
   NotAllowedError: 'denied',
   SecurityError: 'denied',
-  NotFoundError: 'no-microphone',
-  OverconstrainedError: 'no-microphone',
   NotReadableError: 'busy-microphone',
 };
 
-async function askMicrophone({ microphone, echoCancellation, noiseSuppression, autoGainControl }) {
+async function askMicrophone(choice) {
+  const { microphone, echoCancellation, noiseSuppression, autoGainControl } = choice;
   const audio = { echoCancellation, noiseSuppression, autoGainControl, channelCount: 1 };
-  if (microphone) audio.deviceId = { exact: microphone };
+  if (microphone) audio.deviceId = { exact: microphone }; // Chrome takes a wish for no wish
   try {
     return await navigator.mediaDevices.getUserMedia({ audio });
   } catch (error) {
+    // The chosen one is not here today; another one may be.
+    if (audio.deviceId && !DENIALS[error.name]) return askMicrophone({ ...choice, microphone: '' });
     throw new SoundError(DENIALS[error.name] ?? 'no-microphone', { cause: error });
   }
 }
