@@ -89,7 +89,8 @@ def _folder(path: Path) -> Path:
 def _free_name(folder: Path) -> Path:
     name = time.strftime("talk-%Y%m%d-%H%M%S")
     names = [name, *(f"{name}-{n}" for n in range(2, 100))]
-    return next(folder / n for n in names if not (folder / f"{n}.wav").exists())
+    taken = {path.stem for path in folder.iterdir()}
+    return next(folder / n for n in names if n not in taken)
 
 
 @dataclass
@@ -119,7 +120,7 @@ class WordLog:
         self._begun: dict[str, _Begun] = {}
         self._speaker, self._latest, self._chars = "", 0.0, 0
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise UserError(f"{path}: cannot write the words: {error.strerror}") from error
 

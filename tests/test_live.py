@@ -592,6 +592,7 @@ def test_a_talk_goes_on_with_its_device_where_it_stood(stage, monkeypatch):
     talk_stage.talk.save("meanwhile")
     assert plug.put_back().message == "'mic' is back: the talk goes on"
     assert talk_stage.talk.status().waiting_for is None
+    talk_stage.loudspeaker.exchange(10 * FRAME_SIZE)  # it plays what there was, then nothing
     talk_stage.microphone.speak(voice(0.2))
     talk_stage.until(Said)
     assert talk_stage.end() == Ended()
@@ -654,7 +655,7 @@ def test_nobody_waits_when_told_not_to(stage, monkeypatch):
     plug = Plug(stage, monkeypatch, max_wait=0.0)
     plug.stage.microphone.calls, plug.stage.microphone.active = 1, False
     assert "'mic' is gone" in plug.stage.until(Ended).reason
-    assert not plug.searches.acquire(blocking=False)
+    assert not plug.searches.acquire(blocking=False) and plug.stage.warnings == []
 
 
 # ---- no greeting

@@ -57,6 +57,7 @@ def test_words_have_the_times_of_the_wav_and_are_on_disk_within_a_second(tmp_pat
 
 def test_an_older_recording_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(recording.time, "strftime", lambda text: "talk-x")
+    (tmp_path / "talk-x-3.txt").write_text("words alone")
     for n in range(3):
         one = Recording(tmp_path)
         one.take(frame(0, f" w{n}"), voice(n / 8), "moshi")
@@ -65,7 +66,8 @@ def test_an_older_recording_stays(tmp_path, monkeypatch):
     assert texts == {
         "talk-x.txt": "0:00.0 moshi: w0\n",
         "talk-x-2.txt": "0:00.0 moshi: w1\n",
-        "talk-x-3.txt": "0:00.0 moshi: w2\n",
+        "talk-x-3.txt": "words alone",
+        "talk-x-4.txt": "0:00.0 moshi: w2\n",
     }
 
 
@@ -114,6 +116,19 @@ def test_a_line_ends_with_a_pause_another_speaker_or_its_length(tmp_path):
         (" yes", 62.0, "user"),
         (" so", 62.5, "moshi"),
     ) == ["0:01.0 moshi: one two", "1:01.2 moshi: late", "1:02.0 user: yes", "1:02.5 moshi: so"]
+
+
+def test_a_word_is_over_a_while_after_its_latest_piece(tmp_path):
+    log = WordLog(tmp_path / "log")
+    log.add(" un", 1.0, "moshi")
+    log.add("til", 2.0, "moshi")
+    log.settle(1.5)
+    assert (tmp_path / "log").read_text() == ""
+    log.settle(2.5)
+    assert (tmp_path / "log").read_text() == "0:01.0 moshi: until"
+    log.add(" now", 4.0, "moshi")  # two seconds after the latest piece: no pause yet
+    log.close()
+    assert (tmp_path / "log").read_text() == "0:01.0 moshi: until now\n"
 
 
 def test_a_word_is_whole_though_another_speaks_meanwhile(tmp_path):

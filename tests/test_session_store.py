@@ -163,10 +163,10 @@ def test_a_talk_says_what_it_is(store, saved, model):
 
 
 def test_the_latest_comes_first_and_a_missing_folder_is_empty(store, saved, tmp_path):
-    for age, name in enumerate(["new", "old", "older"]):
+    for age, name in enumerate(["b", "c", "a"]):
         store.path(name).write_bytes(saved[0])
         os.utime(store.path(name), (1e9 - age, 1e9 - age))
-    assert [info.name for info in store.list()] == ["new", "old", "older"]
+    assert [info.name for info in store.list()] == ["b", "c", "a"]
     assert SessionStore(tmp_path / "nowhere").list() == []
 
 
@@ -221,6 +221,16 @@ def test_what_is_no_regular_file_is_listed_and_neither_read_nor_removed(store, s
     with pytest.raises(UserError, match="no session"):
         store.remove("notes.txt")
     assert len(list(store.folder.iterdir())) == 6 and outside.exists()
+
+
+def test_what_turns_into_a_link_or_a_pipe_meanwhile_is_neither_followed_nor_waited_for(tmp_path):
+    (tmp_path / "file").write_text("outside")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError):
+        session_store._open_regular(str(tmp_path / "link"), os.O_RDONLY)
+    with open(tmp_path / "pipe", opener=session_store._open_regular) as pipe:
+        assert pipe.read() == ""
 
 
 def test_a_save_that_was_cut_short_is_listed_and_goes_with_its_talk(store, saved):
