@@ -47,11 +47,11 @@ def measured(lm, adapter, settings):
 
 SHAPES = {
     "usual": ({}, {}),
-    "long": ({}, {"segment": 256}),
+    "long": ({}, {"segment": 160}),
     "wide": ({"dim": 512}, {}),
-    "window": ({}, {"window": 256, "segment": 256}),
+    "window": ({}, {"window": 200, "segment": 128}),
     "batch": ({}, {"batch": 2}),
-    "heads": ({"num_heads": 8}, {"segment": 200, "window": 100}),
+    "heads": ({"num_heads": 8}, {"segment": 96, "window": 48}),
 }
 
 

@@ -295,7 +295,7 @@ def test_phase_all_writes_the_base_too(tmp_path, shards):
     )
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, shards, whole, stop_at):
     # Checkpoints fall within talks and between them: a batch's talks have 3 or 2 segments.
     first = Run(tmp_path / "cut", make_trainer(shards), shards[:1], save_every=1)

@@ -21,7 +21,7 @@ TWO = replace(SETTINGS, batch=1, steps=5)
 ONE = replace(SETTINGS, batch=2, micro_batch=1, steps=5)
 
 # What each process does; the last argument is a folder.
-PART = """
+PART = """#!{python}
 import sys
 sys.path.insert(0, {tests!r})
 import mlx.core as mx
@@ -30,7 +30,7 @@ from test_train_together import TWO
 shards = find_shards({shards!r})
 trainer = make_trainer(shards, TWO)
 run = Run({out!r}, trainer, shards[:2], save_every=2, eval_every=2)
-print("begins at", trainer.step)
+sys.stdout.write(f"begins at {{trainer.step}}\\n")  # at once: two processes write
 rank = trainer.together.rank
 list(run.train(stop=lambda: rank == 1 and trainer.step == {stop_at}))
 mx.save_safetensors({out!r} + f"/result-{{rank}}.safetensors", dict(tree_flatten(trainer.params)))
@@ -47,7 +47,8 @@ def launch(folder, shards, stop_at=None):
     """`mlx.launch -n 2` of the part above, one of them told to stop; its output."""
     script = folder / "part.py"
     places = {"tests": str(HERE), "shards": str(shards[0].path.parent), "out": str(folder / "out")}
-    script.write_text(PART.format(**places, stop_at=stop_at))
+    script.write_text(PART.format(python=sys.executable, **places, stop_at=stop_at))
+    script.chmod(0o755)  # newer mlx.launch runs programs, older ones Python scripts
     mlx_launch = Path(sys.executable).parent / "mlx.launch"
     # The ring takes a port for each process.
     command = [mlx_launch, "-n", "2", "--backend", "ring", "--starting-port", str(free_port())]
