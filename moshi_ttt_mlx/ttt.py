@@ -11,6 +11,8 @@ running mini-batch (their layer inputs `x`, gradients `g` and rates `lr`), layer
 
 so the weights themselves change once every `C` tokens, when the rows are folded into them. One
 token at a time and many at once are the same function, cut differently: nothing is ever padded.
+Where a call holds whole mini-batches, only what must wait for a fold is done one after the other:
+the keys. The queries of many mini-batches are answered at once, each by the weights of its own.
 
 The layer norm makes the loss blind to the scale of the last layer, so gradients shrink as weights
 grow and ordinary input stays in bounds by itself. Input without variance (silence, a constant) is
@@ -40,6 +42,15 @@ from moshi_ttt_mlx import ttt_kernels
 from moshi_ttt_mlx.errors import UserError
 
 Arrays = dict[str, mx.array]
+# Of one layer with its bias: |w|^2, |w - w0|^2 and |w0|^2, [B, H, 1, 1] each.
+Norms = tuple[mx.array, mx.array, mx.array]
+
+# Mini-batches between two sums of the weights' squares; float32 loses some 1e-7 of them at a fold.
+_RUN = 32
+# What the weights of mini-batches whose queries are answered at once may take together.
+_STACK_BYTES = 16 << 20
+# Tokens from which on a call is worth compiling: on CPU that takes seconds, once per machine.
+_LONG_CALL = 256
 
 
 @dataclass(frozen=True)
@@ -173,8 +184,9 @@ def _gelu_and_slope(z: mx.array) -> tuple[mx.array, mx.array]:
 
 def _standardize(z: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """Return `(z - mean) / s` and `s = sqrt(var + eps)` over the last axis."""
-    s = mx.sqrt(mx.var(z, axis=-1, keepdims=True) + eps)
-    return (z - mx.mean(z, axis=-1, keepdims=True)) / s, s
+    away = z - mx.mean(z, axis=-1, keepdims=True)
+    s = mx.sqrt(mx.mean(away * away, axis=-1, keepdims=True) + eps)
+    return away / s, s
 
 
 def _loss_gradient(
@@ -188,24 +200,35 @@ def _loss_gradient(
     return (f * gx - mx.sum(gx, axis=-1, keepdims=True) - along) / (f * s)
 
 
+def _total(x: mx.array) -> mx.array:
+    return mx.sum(x, axis=(-2, -1), keepdims=True)
+
+
 def _squares(w: mx.array, b: mx.array) -> mx.array:
     """Squared norm of one layer, `[B, H, 1, 1]`."""
-    return mx.sum(w * w, axis=(-2, -1), keepdims=True) + mx.sum(b * b, axis=(-2, -1), keepdims=True)
+    return _total(w * w) + _total(b * b)
 
 
-def _shrink(squares: mx.array, limit: mx.array | float) -> mx.array:
-    """The factor that brings a squared norm down to its limit; exactly 1 for what is within."""
+def _shrink(squares: mx.array, share: float, of: mx.array | int) -> mx.array | int:
+    """The factor that brings a squared norm down to `share^2` of another; exactly 1 if within."""
+    if math.isinf(share):
+        return 1  # infinity times a gradient of zero is no number
+    limit = share * share * of
     over = squares > limit
     # The branch not taken is a ratio of ones, so that its gradient is finite too.
     return mx.sqrt(mx.where(over, limit, 1) / mx.where(over, squares, 1))
 
 
-def _into_ball(w: mx.array, b: mx.array, w0: mx.array, b0: mx.array, bound: float) -> tuple:
-    """Pull a layer back to the ball around its initial values, or leave it bit for bit."""
-    dw, db = w - w0, b - b0
-    limit = bound * bound * (w.shape[-2] + 1) * w.shape[-1]
-    back = 1 - _shrink(_squares(dw, db), limit)
-    return w - back * dw, b - back * db
+def _layer(weights: Arrays, i: int) -> tuple[mx.array, mx.array]:
+    return weights[f"W{i}"], weights[f"b{i}"]
+
+
+def _norms(params: Arrays, weights: Arrays) -> list[Norms]:
+    made = []
+    for i in range(1, _depth(weights) + 1):
+        (w, b), (w0, b0) = _layer(weights, i), _layer(params, i)
+        made.append((_squares(w, b), _squares(w - w0, b - b0), _squares(w0, b0)))
+    return made
 
 
 def _depth(weights: Arrays) -> int:
@@ -220,20 +243,21 @@ def _target(rules: Rules, params: Arrays, k: mx.array, v: mx.array) -> mx.array:
     return params["gamma"] * (r - mx.mean(r, axis=-1, keepdims=True)) / std + params["beta"]
 
 
-def _learn(rules: Rules, params: Arrays, weights: Arrays, tokens: Arrays) -> Arrays:
-    """The rows of tokens: what each layer saw, and the gradient of the loss at its output."""
-    depth, x, slopes = _depth(weights), tokens["k"], {}
-    rows = {name: tokens[name] for name in ("lr", "decay") if name in tokens}
+def _learn(
+    rules: Rules, params: Arrays, weights: Arrays, k: mx.array, r: mx.array
+) -> tuple[Arrays, Arrays]:
+    """The rows of keys with the target `r`: what each layer saw, and the gradient of the loss at its
+    output; beside them these outputs, `z{i}`."""
+    depth, x, rows, outputs, slopes = _depth(weights), k, {}, {}, {}
     for i in range(1, depth + 1):
         rows[f"x{i}"] = x
-        z = x @ weights[f"W{i}"] + weights[f"b{i}"]
+        z = outputs[f"z{i}"] = x @ weights[f"W{i}"] + weights[f"b{i}"]
         if i < depth:
             x, slopes[i] = _gelu_and_slope(z)
-    r = _target(rules, params, tokens["k"], tokens["v"])
     g = rows[f"g{depth}"] = _loss_gradient(z, r, params["gamma"], params["beta"], rules.ln_eps)
     for i in range(depth - 1, 0, -1):
         g = rows[f"g{i}"] = (g @ _swap(weights[f"W{i + 1}"])) * slopes[i]
-    return rows
+    return rows, outputs
 
 
 def _tau(rules: Rules, params: Arrays) -> mx.array:
@@ -276,13 +300,11 @@ def _piece(
     start: int | mx.array,
 ) -> tuple[mx.array, Arrays]:
     """Answer tokens that lie within one mini-batch, from place `start` on, and add their rows."""
-    size = tokens["q"].shape[2]
-    new = _learn(rules, params, weights, tokens)
-    if size == rules.mini_batch:
-        rows = new
-    else:
-        at = mx.array(start).reshape(1)
-        rows = {name: mx.slice_update(rows[name], new[name], at, axes=(2,)) for name in new}
+    size, at = tokens["q"].shape[2], mx.array(start).reshape(1)
+    r = _target(rules, params, tokens["k"], tokens["v"])
+    new = _learn(rules, params, weights, tokens["k"], r)[0]
+    new |= {name: tokens[name] for name in ("lr", "decay") if name in tokens}
+    rows = {name: mx.slice_update(rows[name], new[name], at, axes=(2,)) for name in new}
     coefficients = _coefficients(rules, params, rows["lr"], start, size)
     return _answer(rules, params, weights, rows, tokens["q"], coefficients), rows
 
@@ -301,29 +323,191 @@ def _forget(rules: Rules, w: mx.array, w0: mx.array, keep: mx.array | None) -> m
     return keep * w if rules.forget == "zero" else w0 + keep * (w - w0)
 
 
-def _capped(rules: Rules, dw: mx.array, db: mx.array, norm: mx.array) -> tuple:
-    """Hold an update to `max_step` of a squared norm; also return how large it is beside it."""
-    squares = _squares(dw, db)
-    scale = _shrink(squares, rules.max_step**2 * norm)
-    return scale * dw, scale * db, scale * mx.sqrt(squares / norm)
+def _forget_norms(rules: Rules, norms: Norms, w_dw, away_dw, keep: mx.array | None) -> tuple:
+    """What `_forget` makes of a layer's norms and of its products with an update."""
+    if keep is None:
+        return norms, w_dw, away_dw
+    now, away, start = norms
+    # Of w0 with w - w0 and with the update.
+    origin, start_dw = (now - start - away) / 2, w_dw - away_dw
+    away = keep * keep * away
+    if rules.forget == "init":
+        now = start + 2 * keep * origin + away
+        return (now, away, start), start_dw + keep * away_dw, keep * away_dw
+    # keep * w - w0 is keep * (w - w0) with (1 - keep) * w0 taken off.
+    lost = 1 - keep
+    away = away - 2 * keep * lost * origin + lost * lost * start
+    return (keep * keep * now, away, start), keep * w_dw, keep * away_dw - lost * start_dw
+
+
+def _beside(params: Arrays, rows: Arrays, layers: Sequence[int]) -> Arrays:
+    """What a fold needs to know of a layer's rows that no weights of now have a part in.
+
+    `first{i}`: what the initial weights make of each input. `near{i}`: `1 + x . x'` of each two.
+    """
+    made = {}
+    for i in layers:
+        x = rows[f"x{i}"]
+        made[f"first{i}"] = x @ params[f"W{i}"] + params[f"b{i}"]
+        made[f"near{i}"] = 1 + x @ _swap(x)
+    return made
+
+
+def _fold_layer(
+    rules: Rules, layers: tuple, x: mx.array, g: mx.array, known: tuple, norms: Norms, keep
+) -> tuple[tuple, Norms, tuple]:
+    """Move one layer by `-x^T g`, within the limits.
+
+    Both limits ask for norms of what is still to be made. They follow from the norms before and
+    three products of the update, and these from the rows: `w . dw` is the sum of `(x w + b) . g`.
+    So `w` is read once for its update and not for its limits, which change no bit inside.
+
+    Args:
+        layers: `(w, b)` of now and `(w0, b0)`.
+        known: `z`, `first`, `near` of the rows, see `_learn` and `_beside`.
+        keep: the decay of the whole mini-batch, `[B, H, 1, 1]`, or None.
+
+    Returns:
+        `(w, b)`, its norms, and the step as three arrays for `_relative`.
+    """
+    (w, b), (w0, b0) = layers
+    z, first, near = known
+    update, w_dw, away_dw = _total(near * (g @ _swap(g))), _total(z * g), _total((z - first) * g)
+    most = mx.maximum(norms[0], norms[2])
+    scale = _shrink(update, rules.max_step, most)
+    (now, away, start), w_dw, away_dw = _forget_norms(rules, norms, w_dw, away_dw, keep)
+    moved = scale * scale * update
+    now = now - 2 * scale * w_dw + moved
+    away = away - 2 * scale * away_dw + moved
+    back = 1 - _shrink(away, rules.bound, (w.shape[-2] + 1) * w.shape[-1])
+    made = []
+    for old, initial, change in ((w, w0, _swap(x) @ g), (b, b0, mx.sum(g, axis=2, keepdims=True))):
+        new = _forget(rules, old, initial, keep) - scale * change
+        made.append(new - back * (new - initial))
+    # w' = w - back (w - w0), and 2 w . (w - w0) = |w|^2 + |w - w0|^2 - |w0|^2.
+    norms = (
+        now - back * (now + away - start - back * away),
+        (1 - back) * (1 - back) * away,
+        start,
+    )
+    return tuple(made), norms, (scale, update, most)
+
+
+def _relative(steps: list[tuple]) -> mx.array:
+    """`||update|| / ||weights||` of each layer, `[B, H, layers]`."""
+    # The sum of products may round to less than nothing.
+    sizes = [scale * mx.sqrt(mx.maximum(update, 0) / most) for scale, update, most in steps]
+    return mx.concatenate(sizes, axis=-1)[:, :, 0]
+
+
+def _fold_layers(
+    rules: Rules, params: Arrays, weights: Arrays, rows: Arrays, known: Arrays, norms: list[Norms]
+) -> tuple[Arrays, list[Norms], list[tuple]]:
+    """`_fold` where something is known already: the norms, and `z`, `first`, `near`, `eta`."""
+    keep = mx.prod(rows["decay"], axis=2, keepdims=True) if rules.forget else None
+    folded, after, steps = {}, [], []
+    for i, before in enumerate(norms, 1):
+        layers = _layer(weights, i), _layer(params, i)
+        mine = tuple(known[f"{name}{i}"] for name in ("z", "first", "near"))
+        g = known["eta"] * rows[f"g{i}"]
+        made, left, step = _fold_layer(rules, layers, rows[f"x{i}"], g, mine, before, keep)
+        folded[f"W{i}"], folded[f"b{i}"] = made
+        after.append(left)
+        steps.append(step)
+    return folded, after, steps
 
 
 def _fold(rules: Rules, params: Arrays, weights: Arrays, rows: Arrays) -> tuple[Arrays, mx.array]:
     """Write a full mini-batch of rows into the weights; also return each layer's relative step."""
-    eta = _tau(rules, params)[-1] * rows["lr"]
-    keep = mx.prod(rows["decay"], axis=2, keepdims=True) if rules.forget else None
-    folded, steps = {}, []
-    for i in range(1, _depth(weights) + 1):
-        w, b, w0, b0 = (group[f"{kind}{i}"] for group in (weights, params) for kind in "Wb")
-        norm = mx.maximum(_squares(w, b), _squares(w0, b0))
-        g = eta * rows[f"g{i}"]
-        dw, db, step = _capped(
-            rules, _swap(rows[f"x{i}"]) @ g, mx.sum(g, axis=2, keepdims=True), norm
-        )
-        w, b = _forget(rules, w, w0, keep) - dw, _forget(rules, b, b0, keep) - db
-        folded[f"W{i}"], folded[f"b{i}"] = _into_ball(w, b, w0, b0, rules.bound)
-        steps.append(step)
-    return folded, mx.concatenate(steps, axis=-1)[:, :, 0]
+    layers = range(1, _depth(weights) + 1)
+    known = {f"z{i}": rows[f"x{i}"] @ weights[f"W{i}"] + weights[f"b{i}"] for i in layers}
+    known |= _beside(params, rows, layers) | {"eta": _tau(rules, params)[-1] * rows["lr"]}
+    norms = _norms(params, weights)
+    folded, _, steps = _fold_layers(rules, params, weights, rows, known, norms)
+    return folded, _relative(steps)
+
+
+# -- whole mini-batches ---------------------------------------------------------------------------
+
+
+def _apart(a: mx.array, count: int) -> mx.array:
+    """`[B, H, N * n, m]` -> `[B, H, N, n, m]`."""
+    return a.reshape(*a.shape[:2], count, -1, a.shape[-1])
+
+
+def _each(a: mx.array, count: int) -> list[mx.array]:
+    """`[B, H, N, n, m]` -> `N` of `[B, H, n, m]`."""
+    return mx.split(a.reshape(*a.shape[:2], -1, a.shape[-1]), count, axis=2)
+
+
+def _stack(parts: list[mx.array]) -> mx.array:
+    """The way back from `_each`."""
+    return _apart(parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2), len(parts))
+
+
+def _mini_batch(
+    rules: Rules, params: Arrays, weights: Arrays, norms: list[Norms], tokens: Arrays
+) -> tuple[Arrays, Arrays, list[Norms], list[tuple]]:
+    """Learn one mini-batch from its first key to its fold; its queries are left for `_answer_each`."""
+    new, outputs = _learn(rules, params, weights, tokens["x1"], tokens["r"])
+    known = tokens | outputs | _beside(params, new, range(2, len(norms) + 1))
+    folded = _fold_layers(rules, params, weights, tokens | new, known, norms)
+    del new["x1"]
+    return new, *folded
+
+
+def _beside_mini_batches(params: Arrays) -> Arrays:
+    """Parameters shaped to broadcast over `[B, H, N, C, .]`."""
+    return {name: a[:, None] if a.ndim > 1 else a for name, a in params.items()}
+
+
+def _feed(rules: Rules, params: Arrays, tokens: Arrays, count: int) -> list[Arrays]:
+    """For each mini-batch what `_mini_batch` takes; what the weights have no part in is made here."""
+    fed = _beside(params, {"x1": tokens["k"]}, [1]) | {"x1": tokens["k"]}
+    fed["r"] = _target(rules, params, tokens["k"], tokens["v"])
+    fed["eta"] = _tau(rules, params)[-1] * tokens["lr"]
+    if rules.forget:
+        fed["decay"] = tokens["decay"]
+    parts = {name: _each(a, count) for name, a in fed.items()}
+    return [{name: each[i] for name, each in parts.items()} for i in range(count)]
+
+
+def _answer_each(
+    rules: Rules, params: Arrays, tokens: Arrays, weights: list[Arrays], rows: list[Arrays]
+) -> mx.array:
+    """The queries `[B, H, N, C, f]` of mini-batches, each by the weights and rows of its own."""
+    weights, rows = ({name: _stack([g[name] for g in x]) for name in x[0]} for x in (weights, rows))
+    rows["x1"] = tokens["k"]
+    coefficients = _coefficients(rules, params, tokens["lr"], 0, rules.mini_batch)
+    return _answer(rules, params, weights, rows, tokens["q"], coefficients)
+
+
+def _whole(
+    rules: Rules, params: Arrays, weights: Arrays, tokens: Arrays, learn: Callable
+) -> tuple[mx.array, Arrays, mx.array]:
+    """Answer and learn `N` mini-batches: `q`, `k`, `v`, `lr`, `decay` are `[B, H, N * C, .]`.
+
+    Args:
+        learn: `_mini_batch` of these rules, compiled or not.
+
+    Returns:
+        The answers `[B, H, N * C, f]`, the weights and the relative step after the last fold.
+    """
+    shape, count = tokens["q"].shape, tokens["q"].shape[2] // rules.mini_batch
+    tokens = {name: _apart(a, count) for name, a in tokens.items()}
+    beside = _beside_mini_batches(params)
+    fed, norms = _feed(rules, beside, tokens, count), _norms(params, weights)
+    at_once = max(1, _STACK_BYTES // sum(a.nbytes for a in weights.values()))
+    outs = []
+    for first in range(0, count, at_once):
+        used, rows = [], []
+        for part in fed[first : first + at_once]:
+            used.append(weights)
+            new, weights, norms, steps = learn(params, weights, norms, part)
+            rows.append(new)
+        asked = {name: tokens[name][:, :, first : first + at_once] for name in ("q", "k", "lr")}
+        outs.append(_answer_each(rules, beside, asked, used, rows))
+    return mx.concatenate(outs, axis=2).reshape(shape), weights, _relative(steps)
 
 
 @functools.lru_cache
@@ -335,6 +519,12 @@ def _compiled_piece(rules: Rules, depth: int) -> Callable:
     mlx 0.26 remembers a single output structure per compiled function and crashes on a second.
     """
     return mx.compile(functools.partial(_piece, rules))
+
+
+@functools.lru_cache
+def _compiled_mini_batch(rules: Rules, depth: int) -> Callable:
+    """`_mini_batch` as one graph; see `_compiled_piece`."""
+    return mx.compile(functools.partial(_mini_batch, rules))
 
 
 class InnerLearner(nn.Module):
@@ -420,13 +610,21 @@ class InnerLearner(nn.Module):
         tokens = self._tokens(q, k, v, lr, decay)
         outs, done, total = [], 0, q.shape[2]
         while done < total:
-            end = min(total, done + self.rules.mini_batch - state.tokens % self.rules.mini_batch)
-            out, state = self._advance(
-                params, {n: a[:, :, done:end] for n, a in tokens.items()}, state
-            )
+            end = done + self._next(state, total - done)
+            part = {n: a[:, :, done:end] for n, a in tokens.items()}
+            whole = (end - done) % self.rules.mini_batch == 0 and total > 1
+            take = self._take_whole if whole else self._advance
+            out, state = take(params, part, state)
             outs.append(out)
             done = end
         return mx.concatenate(outs, axis=2), state
+
+    def _next(self, state: TTTState, tokens: int) -> int:
+        """How many of the tokens to take at once: to the next fold, or whole mini-batches."""
+        c = self.rules.mini_batch
+        if state.tokens % c or tokens < c:
+            return min(tokens, c - state.tokens % c)
+        return c * min(tokens // c, _RUN)
 
     def read(self, q: mx.array, state: TTTState) -> mx.array:
         """Answer `q [B, H, n, f]` and learn nothing.
@@ -497,6 +695,21 @@ class InnerLearner(nn.Module):
         out, rows = piece(params, state.weights, state.rows, tokens, place)
         state = replace(state, rows=rows, tokens=state.tokens + size)
         return out, self._folded(params, state) if start + size == self.rules.mini_batch else state
+
+    def _take_whole(
+        self, params: Arrays, tokens: Arrays, state: TTTState
+    ) -> tuple[mx.array, TTTState]:
+        """Take whole mini-batches."""
+        size = tokens["q"].shape[2]
+        count = size // self.rules.mini_batch
+        learn = functools.partial(_mini_batch, self.rules)
+        if size >= _LONG_CALL:
+            learn = _compiled_mini_batch(self.rules, self.depth)
+        out, weights, step = _whole(self.rules, params, state.weights, tokens, learn)
+        state = replace(
+            state, tokens=state.tokens + size, updates=state.updates + count, weights=weights
+        )
+        return out, replace(state, step=step)
 
     def _folded(self, params: Arrays, state: TTTState, fold: Callable = _fold) -> TTTState:
         weights, step = fold(self.rules, params, state.weights, state.rows)
