@@ -90,6 +90,22 @@ def test_a_turn_ends_with_a_pause_and_never_within_a_word(page, server):
     assert page.locator(".turn-words").all_inner_texts() == ["Hello, you", "there"]
 
 
+def test_late_words_go_where_they_were_said(page, server):
+    server.quiet = True
+    start(page)
+    for speaker, at in [
+        ("moshi", 1.0),
+        ("moshi", 6.0),
+        ("user", 3.0),
+        ("user", 3.4),
+        ("user", 0.5),
+    ]:
+        piece = {"text": f" {at}", "speaker": speaker, "start": at, "end": at + 0.08}
+        server.send({"type": "word", **piece})
+    expect(page.locator(".turn")).to_have_count(4)
+    assert page.locator(".turn-words").all_inner_texts() == ["0.5", "1.0", "3.0 3.4", "6.0"]
+
+
 def test_meters_and_memory_show_the_servers_numbers(page, server):
     start(page)
     expect(page.locator("#lag")).to_have_text("80 ms")
@@ -144,12 +160,13 @@ def test_save_and_resume(page, server):
     start(page)
     wait_for_frames(page, server, 8)
     page.click("#save")
-    page.fill("#save-name", "../no")
+    for name in ("../no", ".no", "no.", "a/b"):
+        page.fill("#save-name", name)
+        page.click("#save-dialog [type=submit]")
+        expect(page.locator("#save-dialog")).to_be_visible()
+    page.fill("#save-name", "Été 1. ü")
     page.click("#save-dialog [type=submit]")
-    expect(page.locator("#save-dialog")).to_be_visible()  # not a name
-    page.fill("#save-name", "my talk")
-    page.click("#save-dialog [type=submit]")
-    expect(page.locator("#notice")).to_contain_text("my talk")
+    expect(page.locator("#notice")).to_contain_text("Été 1. ü")
     assert page.locator("#saved button").is_disabled()  # not beside this talk
     page.click("#end")
     expect_state(page, "Ended")
@@ -157,10 +174,10 @@ def test_save_and_resume(page, server):
 
     page.click("text=Resume")
     expect_state(page, "Talking")
-    assert server.first_messages[-1] == {"type": "start", "session": "my talk", "token": None}
+    assert server.first_messages[-1] == {"type": "start", "session": "Été 1. ü", "token": None}
     expect(page.locator(".turn-words").first).to_contain_text(words)
     page.click("#save")  # under the same name, without a question
-    expect(page.locator("#notice")).to_contain_text("my talk")
+    expect(page.locator("#notice")).to_contain_text("Été 1. ü")
 
 
 def test_another_talks_name_needs_a_second_thought(page, server):

@@ -75,10 +75,19 @@ export class TranscriptView {
     );
     const words = element('p', 'turn-words');
     item.append(head, words);
-    this.list.append(item);
+    item.dataset.start = start;
+    this.#insert(item, start);
     if (this.list.children.length > MAX_TURNS) this.list.firstElementChild.remove();
     this.open[speaker] = { words, start, end };
     return this.open[speaker];
+  }
+
+  /** By start: a speech-to-text model's words come seconds late. */
+  #insert(item, start) {
+    let before = this.list.lastElementChild;
+    while (before && Number(before.dataset.start) > start) before = before.previousElementSibling;
+    if (before) before.after(item);
+    else this.list.prepend(item);
   }
 
   #atEnd() {
