@@ -93,13 +93,8 @@ def test_a_turn_ends_with_a_pause_and_never_within_a_word(page, server):
 def test_late_words_go_where_they_were_said(page, server):
     server.quiet = True
     start(page)
-    for speaker, at in [
-        ("moshi", 1.0),
-        ("moshi", 6.0),
-        ("user", 3.0),
-        ("user", 3.4),
-        ("user", 0.5),
-    ]:
+    late = [("user", 0.5), ("user", 3.0), ("user", 3.4)]
+    for speaker, at in [("moshi", 1.0), ("moshi", 6.0), *late]:
         piece = {"text": f" {at}", "speaker": speaker, "start": at, "end": at + 0.08}
         server.send({"type": "word", **piece})
     expect(page.locator(".turn")).to_have_count(4)
