@@ -102,15 +102,10 @@ def save(
         UserError: the disk is full; the checkpoint before still counts.
     """
     mine = _file(folder, step, together.rank)
-    try:
-        write_tensors(mine, arrays, {"meta": json.dumps(meta)})
-        together.any(False)  # all parts are there
-        if together.leads:
-            write_text(folder / POINTER, json.dumps({"step": step, "processes": together.size}))
-    except UserError as error:
-        kept = read_pointer(folder)
-        where = f"step {kept['step']} is kept" if kept else "nothing is kept"
-        raise UserError(f"{error}; {where}") from error
+    write_tensors(mine, arrays, {"meta": json.dumps(meta)})
+    together.any(False)  # all parts are there
+    if together.leads:
+        write_text(folder / POINTER, json.dumps({"step": step, "processes": together.size}))
     together.any(False)  # the new one counts
     # A kill may have left half a file behind, under its temporary name.
     for old in folder.glob(f"*step-*-rank{together.rank}.*safetensors"):

@@ -6,6 +6,8 @@ Needs matplotlib (`pip install 'moshi-ttt-mlx[plots]'`); training does not.
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+
 PLOT_NAME = "training.png"
 NO_MATPLOTLIB = "no plots: pip install matplotlib (or moshi-ttt-mlx[plots]) for training.png"
 
@@ -50,9 +52,12 @@ def _losses(axes, updates: list[dict], held_out: list[dict]) -> None:
 
 
 def _streams(axes, steps: list[int], updates: list[dict]) -> None:
-    axes.plot(steps, [u["said"] for u in updates], "k", lw=1, label="words")
-    for k in range(len(updates[0]["codebooks"])):
-        axes.plot(steps, [u["codebooks"][k] for u in updates], lw=0.7, label=f"codebook {k + 1}")
+    # Updates that hear no word have no loss for it: None, which becomes a gap.
+    said = np.array([u["said"] for u in updates], float)
+    codebooks = np.array([u["codebooks"] for u in updates], float)
+    axes.plot(steps, said, "k.-", lw=1, label="words")
+    for k, losses in enumerate(codebooks.T, 1):
+        axes.plot(steps, losses, lw=0.7, label=f"codebook {k}")
     axes.set_title("loss of each stream (nats)")
     axes.legend(fontsize="small", ncols=2)
 

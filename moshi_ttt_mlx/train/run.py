@@ -11,6 +11,7 @@ it had never been interrupted.
 """
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -76,9 +77,12 @@ class Run:
         }
 
     def _resume(self, identity: dict) -> None:
-        found = checkpoint.load(self.folder / "checkpoint", self.trainer.together)
+        together = self.trainer.together
+        found = checkpoint.load(self.folder / "checkpoint", together)
+        step = found[1]["step"] if found else -1
+        together.check_equal("checkpoints", step, f"{self.folder} must be one disk for all")
         if found is None:
-            if self.trainer.together.leads:
+            if together.leads:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 checkpoint.write_text(self.folder / "run.json", json.dumps(identity, indent=1))
                 checkpoint.write_text(self.log_path, "")
@@ -87,7 +91,7 @@ class Run:
         arrays, meta = found
         self.best = tuple(meta["best"]) if meta["best"] else None
         self.trainer.load_state(arrays, meta)
-        if self.trainer.together.leads:
+        if together.leads:
             # Updates behind the checkpoint come again.
             kept = [line for line in read_log(self.folder) if line["step"] <= self.trainer.step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -119,7 +123,7 @@ class Run:
 
     def _listen(self) -> Losses:
         losses, step = self.trainer.held_out(self.held_out), self.trainer.step
-        self._log({"step": step, "held_out": losses._asdict()})
+        self._log({"step": step, "held_out": _plain(losses)})
         if self.best is None or losses.loss < self.best[0]:
             self.best = losses.loss, step
             self._export(self.folder / "best")
@@ -131,16 +135,18 @@ class Run:
         Raises:
             UserError: the disk is full; the checkpoint before is whole.
         """
-        arrays, meta = self.trainer.state()
-        checkpoint.save(
-            self.folder / "checkpoint",
-            self.trainer.step,
-            arrays,
-            meta | {"best": self.best},
-            self.trainer.together,
-        )
-        self._export(self.folder / "last")
-        if self.trainer.together.leads and can_plot():
+        folder, trainer = self.folder / "checkpoint", self.trainer
+        try:
+            # First, so that a kill in between leaves no older adapter beside a finished run.
+            self._export(self.folder / "last")
+            arrays, meta = trainer.state()
+            meta |= {"best": self.best}
+            checkpoint.save(folder, trainer.step, arrays, meta, trainer.together)
+        except UserError as error:
+            kept = checkpoint.read_pointer(folder)
+            where = f"the checkpoint of update {kept['step']}" if kept else "nothing"
+            raise UserError(f"{error}; {where} is kept") from error
+        if trainer.together.leads and can_plot():
             lines = read_log(self.folder)
             checkpoint.replace_file(self.folder / PLOT_NAME, lambda new: plot_run(lines, new))
 
@@ -172,10 +178,20 @@ class Run:
 
 def _line(report: Report, seconds: float) -> dict:
     """An update as a line of the log."""
-    told = {"step": report.step, **report.losses._asdict()}
-    told |= {"norm": report.norm, "share": report.share}
+    told = {"step": report.step, **_plain(report.losses)}
+    told |= {"norm": _number(report.norm), "share": report.share}
     told |= {"gates": report.gates, "updates": report.updates}
     return told | {"seconds": seconds, "peak_bytes": mx.get_peak_memory()}
+
+
+def _plain(losses: Losses) -> dict:
+    """For JSON, which has no NaN: a stream without a token in it has None."""
+    numbers = losses._asdict() | {"said": _number(losses.said), "text": _number(losses.text)}
+    return numbers | {"codebooks": [_number(x) for x in losses.codebooks]}
+
+
+def _number(x: float) -> float | None:
+    return x if math.isfinite(x) else None
 
 
 def read_log(folder: str | Path) -> list[dict]:

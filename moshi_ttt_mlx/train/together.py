@@ -44,14 +44,14 @@ class Together:
         """Whether any process says so."""
         return self.sum(mx.array(float(flag))).item() > 0
 
-    def check_equal(self, what: str, value: mx.array) -> None:
-        """All processes hold the same number.
+    def check_equal(self, what: str, value: float, advice: str) -> None:
+        """All processes hold the same number (as float32).
 
         Raises:
             UserError: they do not.
         """
         if self.size == 1:
             return
-        values = mx.distributed.all_gather(value.reshape(1)).tolist()
+        values = mx.distributed.all_gather(mx.array([value], mx.float32)).tolist()
         if len(set(values)) > 1:
-            raise UserError(f"the processes have different {what}: start all with the same command")
+            raise UserError(f"the processes have different {what}: {advice}")

@@ -87,7 +87,7 @@ class Settings:
 
 
 class Losses(NamedTuple):
-    """Losses of one update or of a held-out set, in nats.
+    """Losses of one update or of a held-out set, in nats; NaN for a stream without a token in it.
 
     Attributes:
         loss: what is minimised: weighted text plus weighted codebooks.
@@ -107,7 +107,7 @@ class Losses(NamedTuple):
     def of(cls, loss: float, sums: mx.array) -> "Losses":
         """From `loss.stream_sums`."""
         total, count = np.array(sums, np.float64)
-        mean = (total / np.maximum(count, 1)).tolist()
+        mean = np.where(count > 0, total / np.maximum(count, 1), np.nan).tolist()
         return cls(loss, mean[0], mean[1], mean[2:], int(count[0] + count[2:].sum()))
 
 
@@ -159,7 +159,9 @@ class Trainer:
         self._passes = settings.batch // (settings.micro_batch or settings.batch)
         self._begin_batch(0)
         self._bad = 0
-        together.check_equal("weights", global_norm(self.params))
+        alike = "start all with the same command and data"
+        together.check_equal("weights", global_norm(self.params).item(), alike)
+        together.check_equal("talks", sum(shard.frames for shard in shards), alike)
 
     @property
     def step(self) -> int:
