@@ -49,7 +49,7 @@ def compare_with_memory(lm: Lm, seconds: float = 4.0, warm_up: int = WARM_UP) ->
     """
     stock = twin(lm)
     if find_memory(lm) is None:
-        _add_open_memory(lm)
+        add_open_memory(lm)
     ours = {
         mode: FrameGenerator(lm, Sampler(), Sampler(), memory=mode, seed=SEED)
         for mode in ("on", "off")
@@ -72,7 +72,8 @@ def compare_with_memory(lm: Lm, seconds: float = 4.0, warm_up: int = WARM_UP) ->
     }
 
 
-def _add_open_memory(lm: Lm) -> None:
+def add_open_memory(lm: Lm) -> None:
+    """Put a memory into the upper half of the layers, its gates open a little."""
     adapter = add_memory(lm, half_the_layers(lm.cfg, window=min(WINDOW, _context(lm.cfg))))
     for memory in adapter.memories.values():
         memory.gate = mx.full(memory.gate.shape, 0.1)

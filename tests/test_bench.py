@@ -7,9 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moshi_ttt_mlx import bench, generate
+from moshi_ttt_mlx import bench, bench_chunked, generate
 from moshi_ttt_mlx.cli import main
 from moshi_ttt_mlx.errors import UserError
+from moshi_ttt_mlx.ttt import TTTLinear
 
 KEYS = {
     "ratio",
@@ -223,6 +224,8 @@ def quick(monkeypatch):
         return endure(lm, early=12, late=24, timed=10, progress=progress)
 
     monkeypatch.setattr(bench, "endure", short)
+    few = bench_chunked.learner_case("few", TTTLinear(1, 4), 20)
+    monkeypatch.setattr(bench_chunked, "cases", lambda lm: [few])
     return asked
 
 
@@ -233,13 +236,14 @@ def test_json_is_all_of_stdout(quick, capsys):
     assert all(isinstance(result[key], int | float) for key in KEYS)
     assert result["host_reads_per_frame"] == 1
     assert result["same_tokens_frames"] == 8
+    assert result["chunked"][0]["tokens"] == 20 and result["chunked"][0]["ratio"] > 0
     assert quick["late"] == 10_000
 
 
 def test_table_first_json_last(quick, capsys):
     assert main(["bench", "--long"]) == 0
     *table, last = capsys.readouterr().out.strip().splitlines()
-    assert "moshi_mlx" in "\n".join(table)
+    assert "moshi_mlx" in "\n".join(table) and "few" in "\n".join(table)
     assert json.loads(last).keys() >= KEYS
     assert quick["late"] == 100_000
 

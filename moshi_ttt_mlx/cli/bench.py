@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .. import bench, bench_memory, lanes
+    from .. import bench, bench_chunked, bench_memory, lanes
 
     console = Console(stderr=True)
     compared, enduring = _models(args, console)
@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
         result |= bench.endure(enduring, late=late, progress=status.update)
         status.update("frame time with a memory in half the layers")
         result |= bench_memory.compare_with_memory(compared)
+        status.update("many tokens at once")
+        result |= bench_chunked.compare_chunked(bench.tiny_lm())
     result["machine"] = lanes.describe()
     if not args.json:
         for table in _tables(result):
@@ -81,4 +83,14 @@ def _memory_tables(result: dict) -> list[Table]:
         adapter = f"{row['adapter_parameters'] / 1e6:.1f} M"
         share = f"{100 * row['adapter_share']:.2f} %"
         costs.add_row(row["name"], *(f"{n / 1e6:,.1f} MB" for n in sizes), adapter, share)
-    return [times, costs]
+    return [times, costs, _chunked_table(result)]
+
+
+def _chunked_table(result: dict) -> Table:
+    titles = ("tokens", "one a call", "all at once", "ratio", "peak", "peak at once")
+    table = Table("tokens a second", *titles, title="The memory's chunked form (C = 16)")
+    for row in result["chunked"]:
+        speeds = [f"{row[name]:,.0f}" for name in ("streaming", "chunked")]
+        peaks = [f"{row[f'{name}_peak'] / 1e6:,.1f} MB" for name in ("streaming", "chunked")]
+        table.add_row(row["name"], str(row["tokens"]), *speeds, f"{row['ratio']:.1f}", *peaks)
+    return table
