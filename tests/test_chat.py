@@ -370,9 +370,10 @@ class FakeKeys:
         return self
 
     def __exit__(self, *_):
-        self.restored = True
+        self.restore()
 
-    restore = __exit__
+    def restore(self):
+        self.restored = True
 
     def read(self):
         frames = self.stage.session.frame
@@ -399,6 +400,24 @@ def test_q_ends_the_talk_as_ctrl_c_does(stage, keys, tmp_path):
     out = keys((3, "q"))
     assert stage.run("--session", str(tmp_path / "s")) == 0
     assert stage.session.saved == [str(tmp_path / "s")] and "talked 0:" in out.getvalue()
+    assert stage.keys.restored
+
+
+def test_ctrl_c_just_when_the_terminal_was_changed_gives_it_back(stage, keys, monkeypatch):
+    class Quit(BaseException):
+        pass
+
+    def quit(status):
+        raise Quit(status)
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    keys()
+    monkeypatch.setattr(os, "_exit", quit)
+    monkeypatch.setattr(FakeKeys, "__enter__", interrupted)
+    with pytest.raises(Quit):
+        stage.run()
     assert stage.keys.restored
 
 
