@@ -118,6 +118,7 @@ def test_curves(train, shards, tmp_path):
         (["--segment", "0"], "segment must be at least 1"),
         (["--batch", "3", "--micro-batch", "2"], "does not divide"),
         (["--lr", "-1"], "memory_rate must be above 0"),
+        (["--window", "0"], "window 0 must be above 0"),
         (["--save-every", "0"], "at least 1"),
         (["--held-out", "nowhere"], "nowhere does not exist"),
         (["--phase", "all", "-q", "4"], "quantized to 4 bits"),

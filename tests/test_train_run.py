@@ -28,7 +28,7 @@ from moshi_ttt_mlx.train.plan import Plan, cuts, read_batch
 from moshi_ttt_mlx.train.run import Run, read_log
 from moshi_ttt_mlx.train.segments import Attention, Learner
 from moshi_ttt_mlx.train.together import Together
-from moshi_ttt_mlx.train.trainer import MOST_BAD_STEPS, Settings, Trainer
+from moshi_ttt_mlx.train.trainer import MOST_BAD_STEPS, Losses, Settings, Trainer
 
 MEMORY = MemoryConfig(layers=(1,), heads=2, head_dim=8, hidden=16, mini_batch=4)
 SETTINGS = Settings(steps=8, batch=2, segment=10, window=6, memory_rate=1e-2, warmup=2)
@@ -222,6 +222,12 @@ def test_talks_without_a_finite_gradient_are_left_behind(shards, monkeypatch):
     with pytest.raises(UserError, match="no finite gradient in 20 updates"):
         for _ in range(MOST_BAD_STEPS):
             trainer.update()
+
+
+def test_a_stream_without_a_token_has_no_loss():
+    losses = Losses.of(2.5, mx.array([[6.0, 0.0, 8.0], [3.0, 0.0, 4.0]]))
+    assert (losses.loss, losses.text, losses.codebooks, losses.tokens) == (2.5, 2.0, [2.0], 7)
+    assert math.isnan(losses.said)
 
 
 # -- a run in a folder -----------------------------------------------------------------------------

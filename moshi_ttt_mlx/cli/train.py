@@ -37,7 +37,11 @@ def _add_memory_arguments(group) -> None:
         "--memory-config", metavar="FILE", help="a memory_config.json, for all else about it"
     )
     group.add_argument(
-        "--window", type=int, help="keys attention sees (default: all it was made for)"
+        "--window",
+        type=int,
+        default=250,
+        help="keys attention sees: fewer than the model was made for, or the memory has nothing to "
+        "do (default: 250, 20 s)",
     )
     group.add_argument("--sinks", type=int, default=0, help="first frames that stay visible")
 
@@ -170,7 +174,9 @@ def _memory_config(args: argparse.Namespace, lm_config):
     if args.layers:
         config = replace(config, layers=_layer_list(args.layers))
     config.layer_indices(lm_config.transformer.num_layers)  # refused here, not when it is built
-    return config if config.window else replace(config, window=args.window)
+    if config.window:
+        return config
+    return replace(config, window=min(args.window, lm_config.transformer.context))
 
 
 def _layer_list(text: str) -> str | tuple[int, ...]:

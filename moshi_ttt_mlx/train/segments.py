@@ -78,8 +78,8 @@ class Attention:
     """What attention sees while training.
 
     Args:
-        window: keys, in every layer; None takes the model's context. Less than what recall needs, so
-            that the memory has work to do.
+        window: keys, in every layer, at most the model's context; None takes that. Less than what
+            recall needs, so that the memory has work to do.
         sinks: first tokens kept visible, counted in the window.
     """
 
@@ -229,9 +229,10 @@ class Learner:
         )
 
     def _caches(self, carried: Carried | None, batch: int) -> list[LayerCache]:
+        context = self.lm.cfg.transformer.context
         caches = make_memory_cache(
             self.lm.transformer,
-            self.attention.window,
+            min(self.attention.window or context, context),
             self.attention.sinks,
             batch=batch,
             closed_too=True,

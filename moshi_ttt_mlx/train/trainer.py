@@ -75,6 +75,8 @@ class Settings:
         for name in ("memory_rate", "base_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.window is not None and not 0 <= self.sinks < self.window:
+            raise UserError(f"window {self.window} must be above 0 and above sinks {self.sinks}")
         rows = self.micro_batch or self.batch
         if rows < 1 or self.batch % rows:
             raise UserError(f"micro_batch {rows} does not divide a batch of {self.batch}")
