@@ -24,6 +24,7 @@ INFO = {
     "version": "0.0.0",
     "model": "fake",
     "speaks": True,
+    "user_stt": "fake-stt",
     "sample_rate": 24000,
     "frame_size": FRAME,
     "context": 3000,

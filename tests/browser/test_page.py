@@ -79,6 +79,20 @@ def test_words_of_both_are_shown_as_text(page, server):
     expect(page.locator("#welcome")).to_be_hidden()
 
 
+def test_what_the_model_cannot_do_is_said(open_page, server):
+    server.info |= {"user_stt": None, "memory": None}
+    page = open_page(server.url)
+    expect(page.locator("#welcome-words")).to_be_visible()
+    expect(page.locator("#memory-none")).to_be_visible()
+    expect(page.locator("#memory-field")).to_be_hidden()
+    server.info |= {"speaks": False}
+    page.reload()
+    expect(page.locator("#welcome-text")).to_have_text("This model writes down what you say.")
+    expect(page.locator("#voice-moshi")).to_be_hidden()
+    start(page)
+    assert "memory" not in server.first_messages[0]["settings"]
+
+
 def test_a_turn_ends_with_a_pause_and_never_within_a_word(page, server):
     server.quiet = True
     start(page)

@@ -1,7 +1,7 @@
 """The page and the real server with the demo model: sound, words, files, saving, places, guests."""
 
 import json
-import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -58,20 +58,20 @@ def free_port():
 class ModelServer:
     """`moshi-ttt-mlx serve` as its own process."""
 
-    def __init__(self, adapter_path, sessions, port=None):
+    def __init__(self, adapter_path, sessions, *flags, port=None):
         self.port = port or free_port()
         self.url = f"http://localhost:{self.port}"
-        flags = ["--hf-repo", "demo", "--adapter-path", adapter_path, "--no-browser"]
-        flags += ["--port", str(self.port), "--sessions-dir", str(sessions)]
-        command = [sys.executable, "-m", "moshi_ttt_mlx", "serve", *flags]
-        self.process = subprocess.Popen(command, env=os.environ)
+        command = [sys.executable, "-m", "moshi_ttt_mlx", "serve", "--hf-repo", "demo"]
+        command += ["--adapter-path", adapter_path, "--sessions-dir", str(sessions)]
+        command += ["--port", str(self.port), "--no-browser", *flags]
+        self.process = subprocess.Popen(command)
 
     def wait(self):
         for _ in range(600):
             assert self.process.poll() is None
             try:
-                return self.get("/api/info")
-            except urllib.error.URLError:
+                return socket.create_connection(("localhost", self.port), 10).close()
+            except ConnectionRefusedError:
                 time.sleep(0.1)
         raise TimeoutError(self.url)
 
@@ -89,8 +89,8 @@ def serve(adapter_path, tmp_path):
     """Starts servers that share a folder of saved talks."""
     servers = []
 
-    def serve(port=None):
-        servers.append(ModelServer(adapter_path, tmp_path / "sessions", port))
+    def serve(*flags, port=None):
+        servers.append(ModelServer(adapter_path, tmp_path / "sessions", *flags, port=port))
         servers[-1].wait()
         return servers[-1]
 
@@ -238,10 +238,29 @@ def test_a_server_that_was_restarted_does_not_know_the_talk(open_page, serve):
     expect_state(page, "Reconnecting")
     assert notice(page) == "The connection is lost"
     server.process.wait(30)
-    serve(server.port)
+    serve(port=server.port)
     expect_state(page, "Ended")
     assert notice(page) == "The talk has ended"
     start(page)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
+def test_another_device_talks_over_tls_with_the_token(open_page, serve, tmp_path):
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -keyout key.pem -out cert.pem"
+    subprocess.run([*make.split(), "-subj", "/CN=test"], cwd=tmp_path, check=True)
+    server = serve("--host", "0.0.0.0", "--ssl", str(tmp_path), "--token", "let me in")
+    address = f"https://127.0.0.1:{server.port}/"
+    stranger = open_page(address, ignore_https_errors=True)
+    assert notice(stranger) == "A token is needed"
+    stranger.click("#start")
+    expect_state(stranger, "Ended")
+    assert notice(stranger) == "The talk could not begin"
+    page = open_page(f"{address}#token=let%20me%20in", ignore_https_errors=True)
+    start(page)
+    wait_for(page, lambda: shown_words(page))
+    page.click("#end")
+    expect_state(page, "Ended")
+    assert page.url == address
 
 
 KNOCK = """(url) => new Promise((resolve) => {

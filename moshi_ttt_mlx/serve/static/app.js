@@ -81,6 +81,7 @@ function useInfo() {
   $('model').textContent = info.model;
   $('version').textContent = `${info.name} ${info.version}`;
   $('voice-moshi').hidden = !info.speaks;
+  $('welcome-words').hidden = !info.speaks || Boolean(info.user_stt);
   if (!info.speaks) $('welcome-text').textContent = 'This model writes down what you say.';
   settings.useInfo(info);
   memory.useInfo(info);
