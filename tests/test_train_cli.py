@@ -52,6 +52,7 @@ def test_an_adapter_comes_out_and_talks(train, shards, model, tmp_path):
     assert "GiB (computed)" in err
     assert f"--adapter-path {out / 'best'}" in err
     assert "update 0: held out" in err
+    assert len(err.partition("codebooks ")[2].splitlines()[0].split()) == 8
     talking = load(model, adapter_path=str(out / "last"))
     assert talking.memory.config.layers == (1,) or talking.memory.config.layers == "top:1"
     assert talking.memory.config.window == 6  # talks beside what it learned beside

@@ -242,9 +242,14 @@ def _follow(run, stop: _Stop, bar: Progress) -> None:
             text = f"loss {event.losses.loss:.3f}, {speed:,.0f} tokens/s, {peak:.2f} GB"
             bar.update(task, completed=event.step, description=text)
         else:
-            words = f"update {run.trainer.step}: held out {event.loss:.4f}, words {event.said:.4f}"
-            bar.console.print(words, highlight=False)
+            bar.console.print(_held_out_line(run.trainer.step, event), highlight=False)
         told = now
+
+
+def _held_out_line(step: int, losses) -> str:
+    codebooks = " ".join(f"{loss:.3f}" for loss in losses.codebooks)
+    each = f", codebooks {codebooks}" if codebooks else ""
+    return f"update {step}: held out {losses.loss:.4f}, words {losses.said:.4f}{each}"
 
 
 def _summary(run) -> list[str]:
