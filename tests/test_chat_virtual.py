@@ -188,7 +188,7 @@ def test_a_terminal_shows_the_talk_and_its_keys_and_gets_back_what_it_had(folder
                 f"{sys.executable} -m moshi_ttt_mlx --model demo; stty -a; echo 'it is 'over\n"
             )
             tmux.wait_for("m mute   p pause   s save   q quit")
-            tmux.wait_for("window ")
+            tmux.wait_for("0:01  lag")
             tmux.type("m")
             tmux.wait_for("MUTED")
             tmux.type("mp")
