@@ -441,6 +441,28 @@ async def test_nothing_holds_a_session_that_is_over(tmp_path):
         assert [ref() for ref in refs] == [None, None]
 
 
+@async_test
+async def test_a_session_that_opens_for_nobody_is_let_go_and_its_place_too(tmp_path):
+    opening, go, refs = threading.Event(), threading.Event(), []
+
+    def open_session(settings, path):
+        opening.set()
+        assert go.wait(10)
+        session = ServedSession(settings, path)
+        refs.append(weakref.ref(session))
+        return session
+
+    async with serving(tmp_path, open_session) as client:
+        talker = await Talker.connect(client)
+        await asyncio.to_thread(opening.wait)
+        await talker.leave()
+        go.set()
+        while not refs or refs[0]() is not None:
+            await asyncio.sleep(0.01)
+            gc.collect()
+        await Talker.begin(client)
+
+
 # ---- too much
 
 
@@ -484,6 +506,14 @@ async def test_a_message_that_is_too_long_ends_the_connection_not_the_talk(tmp_p
         await talker.rest()
         assert talker.socket.close_code == 1009
         await Talker.begin(client, resume=talker.ready["key"])
+
+
+@async_test
+async def test_messages_are_not_unpacked(tmp_path):
+    """Compressed, a short message can be a long one."""
+    async with serving(tmp_path) as client:
+        socket = await client.ws_connect("/api/talk", compress=15)
+        assert socket.compress == 0
 
 
 # ---- faults

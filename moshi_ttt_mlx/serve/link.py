@@ -52,6 +52,7 @@ class Link:
         self._outbox = Outbox(talks.limits)
         self._talk: ServedTalk | None = None
         self._opening: asyncio.Task | None = None
+        self._can_return = False  # not before it knows its talk's key
         burst = talks.limits.burst_seconds * SAMPLE_RATE
         self._sound = Bucket(burst, 2 * SAMPLE_RATE)
         self._requests = Bucket(talks.limits.requests, talks.limits.requests)
@@ -95,6 +96,8 @@ class Link:
                 await self._socket.send_str(data)
             elif data is not None:
                 await self._socket.send_bytes(data)
+            if isinstance(event, dict) and event["type"] == "ready":
+                self._can_return = self._wire.resumable
 
     async def _measure(self) -> None:
         while True:
@@ -187,6 +190,7 @@ class Link:
             _log.exception("a talk could not begin")
             self._outbox.close(f"the talk could not begin: {error}", code=INTERNAL)
             return
+        self._can_return = key is not None
         self._outbox.put(_ready(talk, resumed=key is not None or talk.name is not None))
         talk.attach(self._outbox)
         self._talk = talk
@@ -208,7 +212,7 @@ class Link:
         talk = self._talk
         if talk is None or talk.ended or talk.outbox is not self._outbox:
             return
-        if self._wire.resumable:
+        if self._can_return:
             self._talks.detach(talk)
         else:
             await self._talks.end(talk, "its client left")
