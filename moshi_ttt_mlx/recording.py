@@ -160,9 +160,9 @@ class WordLog:
             return
         pause = word.first - self._latest > PAUSE_SECONDS
         if self._speaker != speaker or pause or self._chars > LINE_CHARS:
-            minutes, seconds = divmod(word.first, 60)
+            minutes, tenths = divmod(round(10 * word.first), 600)
             end = "\n" if self._chars else ""
-            self._append(f"{end}{minutes:.0f}:{seconds:04.1f} {speaker}: ")
+            self._append(f"{end}{minutes}:{tenths / 10:04.1f} {speaker}: ")
             self._chars, word.text = 0, word.text.lstrip()
         text = word.text.replace("\n", " ").rstrip()
         self._append(text)

@@ -112,10 +112,10 @@ def test_a_line_ends_with_a_pause_another_speaker_or_its_length(tmp_path):
         tmp_path,
         (" one", 1.0, "moshi"),
         (" two", 1.5, "moshi"),
-        (" late", 61.25, "moshi"),
-        (" yes", 62.0, "user"),
-        (" so", 62.5, "moshi"),
-    ) == ["0:01.0 moshi: one two", "1:01.2 moshi: late", "1:02.0 user: yes", "1:02.5 moshi: so"]
+        (" late", 119.96, "moshi"),
+        (" yes", 121.0, "user"),
+        (" so", 121.5, "moshi"),
+    ) == ["0:01.0 moshi: one two", "2:00.0 moshi: late", "2:01.0 user: yes", "2:01.5 moshi: so"]
 
 
 def test_a_word_is_over_a_while_after_its_latest_piece(tmp_path):
