@@ -596,7 +596,7 @@ def test_pictures(open_page, server, scheme, device, size, tmp_path):
         }
         server.send(meter | {"dropped": 0})
     expect(page.locator("#age")).to_have_text("0:17")
-    page.wait_for_timeout(2500)  # for the voices' levels
+    page.wait_for_timeout(2000)  # for the voices' levels
     path = folder / f"page-{device}-{scheme}.png"
     page.screenshot(path=path)
     assert path.stat().st_size > 10_000
