@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import UserError
+from .live import USER
 from .recording import Recording
 from .transcript import Transcript
 
@@ -69,8 +70,15 @@ class Keeper:
 
     def put(self, spoken: "SpokenFrame", user: np.ndarray) -> None:
         """Take one step's result and the user's frame; does not wait for the disk."""
+        self._put((spoken, user))
+
+    def put_words(self, words: "SpokenFrame") -> None:
+        """Take a frame of the user's words that came after the last step, as `put` does."""
+        self._put((words, None))
+
+    def _put(self, item: tuple) -> None:
         try:
-            self._frames.put_nowait((spoken, user))
+            self._frames.put_nowait(item)
         except queue.Full:
             if not self._late:
                 self._warn(
@@ -105,11 +113,24 @@ class Keeper:
         except queue.Empty:
             return ()
 
-    def _take(self, spoken: "SpokenFrame", user: np.ndarray) -> None:
-        if spoken.piece is not None:
-            self._words.add(spoken.index, spoken.piece, self._speaker)
-            self._dirty = True
+    def _take(self, spoken: "SpokenFrame", user: np.ndarray | None) -> None:
+        if user is None:
+            self._take_words(spoken)
+            return
+        self._write_down(spoken, self._speaker)
         self._record(lambda: self._recording.take(spoken, user, self._speaker))
+        if spoken.user is not None:
+            self._take_words(spoken.user)
+
+    def _take_words(self, words: "SpokenFrame") -> None:
+        self._write_down(words, USER)
+        time = self._words.time(words.index, USER)
+        self._record(lambda: self._recording.write(words.text, time, USER))
+
+    def _write_down(self, spoken: "SpokenFrame", speaker: str) -> None:
+        if spoken.piece is not None:
+            self._words.add(spoken.index, spoken.piece, speaker)
+            self._dirty = True
 
     def _record(self, work: Callable[[], None]) -> None:
         """Do something with the recording, if there is one; after a fault there is none."""

@@ -45,6 +45,9 @@ from .watches import (
 if TYPE_CHECKING:
     from .session import Session, SpokenFrame
 
+USER = "user"
+"""Who says what a `user_words.Dialogue` hears."""
+
 FRAME_MS = 1000 * FRAME_SIZE / SAMPLE_RATE
 
 MEMORY_BROKE = "the memory is no longer finite: it is shut, the talk goes on without it"
@@ -315,6 +318,7 @@ class Talk:
         open_session: makes the session, on the worker thread; may take minutes and may raise.
         microphone, loudspeaker: devices, not yet started.
         on_frame: called on the worker thread with each step's result and the user's frame; quick.
+        on_words: likewise with each frame of the user's words that comes after the last step.
         max_seconds: end by itself after so much talk.
         find_again: whether the devices, both closed, are there to be started again, after one was
             lost; None ends a talk whose device is lost.
@@ -337,6 +341,7 @@ class Talk:
         loudspeaker: Device,
         *,
         on_frame: "Callable[[SpokenFrame, np.ndarray], None]" = lambda spoken, user: None,
+        on_words: "Callable[[SpokenFrame], None]" = lambda words: None,
         max_seconds: float | None = None,
         find_again: Callable[[], bool] | None = None,
         max_wait: float = MAX_WAIT_SECONDS,
@@ -348,6 +353,7 @@ class Talk:
         self.session: Session | None = None
         self.started = self.ended = self.muted = self.paused = False
         self._open_session, self._on_frame, self._clock = open_session, on_frame, clock
+        self._on_words = on_words
         self._microphone, self._loudspeaker = microphone, loudspeaker
         self._find_again, self._max_wait = find_again, max_wait
         self._running: list[Device] = []
@@ -472,6 +478,7 @@ class Talk:
                 lost = self._listen()
             if lost is None:
                 self._play_out()
+            self._hear_out()
         finally:
             self._shut(abandon=lost is not None)
         return None if lost is None else f"the device {lost.name!r} is gone"
@@ -580,12 +587,25 @@ class Talk:
             self.replies.put(spoken.pcm)
         if spoken.text:
             self.events.put(Said(spoken.text, spoken.time, self.session.speaker))
+        if spoken.user is not None:
+            self._tell_user(spoken.user)
         if self._memory_ok and not spoken.memory_ok:
             self.events.put(Warned(MEMORY_BROKE))
         self._memory_ok = spoken.memory_ok
         self._on_frame(spoken, user)
         reply_level = -100.0 if spoken.pcm is None else level(spoken.pcm)
         self._levels = level(user), reply_level
+
+    def _tell_user(self, words: "SpokenFrame") -> None:
+        if words.text:
+            time = self.session.transcript.time(words.index, USER)
+            self.events.put(Said(words.text, time, USER))
+
+    def _hear_out(self) -> None:
+        """The user's last words, which trail (`user_words.py`)."""
+        for words in self.session.finish():
+            self._tell_user(words)
+            self._on_words(words)
 
     def _warn_about(self, user: np.ndarray) -> None:
         now = self._clock()

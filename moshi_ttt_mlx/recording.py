@@ -45,6 +45,7 @@ class Recording:
         self._sound = WavWriter(base.with_suffix(".wav"), channels=2)
         self._words = WordLog(base.with_suffix(".txt"))
         self._began: float | None = None
+        self._now = 0.0
 
     def take(self, spoken: "SpokenFrame", user: np.ndarray, speaker: str) -> None:
         """One step's result, the user's frame float32 `[1920]`, and whose words the step brought.
@@ -56,10 +57,18 @@ class Recording:
             self._began = spoken.time
         reply = np.zeros_like(user) if spoken.pcm is None else spoken.pcm
         self._sound.write(np.stack([reply, user]))
-        now = spoken.time - self._began
-        if spoken.text:
-            self._words.add(spoken.text, now, speaker)
-        self._words.settle(now - SETTLED_SECONDS)
+        self._now = spoken.time - self._began
+        self.write(spoken.text, spoken.time, speaker)
+        self._words.settle(self._now - SETTLED_SECONDS)
+
+    def write(self, text: str, time: float, speaker: str) -> None:
+        """Words with the time of their sound in the talk, which the latest frame may be ahead of.
+
+        Raises:
+            UserError: as `take`.
+        """
+        if text:
+            self._words.add(text, max(0.0, time - self._began), speaker, self._now)
 
     def settle(self) -> None:
         """Write the words that were begun: nothing more may come for a while."""
@@ -95,11 +104,13 @@ def _free_name(folder: Path) -> Path:
 
 @dataclass
 class _Begun:
-    """A word that may go on: its text, and when its first and its latest piece came."""
+    """A word that may go on: its text, when its first and its latest piece were said, and when that
+    came."""
 
     text: str
     first: float
     latest: float
+    came: float
 
 
 class WordLog:
@@ -124,17 +135,21 @@ class WordLog:
         except OSError as error:
             raise UserError(f"{path}: cannot write the words: {error.strerror}") from error
 
-    def add(self, text: str, time: float, speaker: str) -> None:
+    def add(self, text: str, time: float, speaker: str, came: float | None = None) -> None:
         """Take text as it is to be printed, a space ahead of every word, with its seconds.
+
+        Args:
+            came: seconds at which it was written, where that is later.
 
         Raises:
             UserError: the disk is full or gone.
         """
         if text.startswith(" "):
             self._write(speaker)
-        word = self._begun.setdefault(speaker, _Begun("", time, time))
+        word = self._begun.setdefault(speaker, _Begun("", time, time, time))
         word.text += text
         word.latest = time
+        word.came = time if came is None else came
 
     def settle(self, before: float) -> None:
         """Write the words to which nothing was added since `before`.
@@ -142,7 +157,7 @@ class WordLog:
         Raises:
             UserError: as `add`.
         """
-        for speaker in [name for name, word in self._begun.items() if word.latest < before]:
+        for speaker in [name for name, word in self._begun.items() if word.came < before]:
             self._write(speaker)
 
     def close(self) -> None:

@@ -166,6 +166,10 @@ class Session:
         user_codes = codes[None, : self.model.lm.cfg.other_codebooks]
         return self._spoken(self.generator.step(user_codes))
 
+    def finish(self) -> list[SpokenFrame]:
+        """What is still to be written down of the user's words: of a `user_words.Dialogue`'s."""
+        return []
+
     def listen(self, pcm: np.ndarray) -> np.ndarray:
         """The codes of the next frame of the user's sound: the first half of `step`.
 

@@ -138,10 +138,13 @@ class Transcript:
         words = [self._timed(stretch) for stretch in self._done + begun]
         return sorted(words, key=lambda word: (word.start, word.end, word.speaker))
 
+    def time(self, frame: int, speaker: str) -> float:
+        """Seconds at which a frame of a speaker's text begins in the sound, 0 at the earliest."""
+        return max(0.0, frame / FRAMES_PER_SECOND - self._delays.get(speaker, 0.0))
+
     def _timed(self, stretch: _Stretch) -> Word:
-        delay = self._delays.get(stretch.speaker, 0.0)
-        start = max(0.0, stretch.first / FRAMES_PER_SECOND - delay)
-        end = max(start + FRAME_SECONDS, (stretch.last + 1) / FRAMES_PER_SECOND - delay)
+        start = self.time(stretch.first, stretch.speaker)
+        end = max(start + FRAME_SECONDS, self.time(stretch.last + 1, stretch.speaker))
         return Word(stretch.text, round(start, 3), round(end, 3), stretch.speaker)
 
     def to_txt(self) -> str:

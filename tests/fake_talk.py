@@ -25,7 +25,8 @@ class FakeSession:
     """Says one word a frame; its reply to a frame is that frame, halved.
 
     `gate`: when given, a step waits for it. `cost`: seconds of `clock` that a step takes.
-    `breaks_at`: the frame from which its memory is no longer finite.
+    `breaks_at`: the frame from which its memory is no longer finite. `hears`: it writes the user's
+    words, too, two frames late.
     """
 
     def __init__(
@@ -38,15 +39,16 @@ class FakeSession:
         prefix=0.0,
         fail_at=None,
         breaks_at=np.inf,
+        hears=False,
     ):
         transformer = SimpleNamespace(context=3000)
         lm = SimpleNamespace(cfg=SimpleNamespace(transformer=transformer))
         self.model = SimpleNamespace(speaks=speaks, silence_prefix=prefix, lm=lm, memory=None)
         self.settings = SimpleNamespace(context=None)
         self.clock, self.cost, self.gate, self.fail_at = clock, cost, gate, fail_at
-        self.breaks_at = breaks_at
+        self.breaks_at, self.hears = breaks_at, hears
         self.speaker = "moshi" if speaks else "user"
-        self.transcript = Transcript()
+        self.transcript = Transcript({"user": 0.16} if hears else {})
         self.frame, self.users, self.threads, self.saved = 0, [], set(), []
         self.stepping = threading.Event()
 
@@ -64,7 +66,16 @@ class FakeSession:
         self.users.append(user)
         text = self.transcript.add(index, piece, self.speaker)
         pcm = user / 2 if self.model.speaks else None
-        return SpokenFrame(index, index * 0.08, text, piece, None, pcm, index < self.breaks_at)
+        ok, words = index < self.breaks_at, self._words(index) if self.hears else None
+        return SpokenFrame(index, index * 0.08, text, piece, None, pcm, ok, words)
+
+    def _words(self, index):
+        piece = f"\u2581u{index - 2}" if index > 1 else None
+        text = self.transcript.add(index, piece, "user") if piece else ""
+        return SpokenFrame(index, index * 0.08, text, piece, None, None)
+
+    def finish(self):
+        return [self._words(self.frame + i) for i in range(2)] if self.hears else []
 
     def warm_up(self):
         assert self.frame == 0

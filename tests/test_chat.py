@@ -1,6 +1,7 @@
 """The verb `chat` from flags to exit status, with a fake session and fake devices."""
 
 import io
+import json
 import os
 import signal
 import sys
@@ -71,7 +72,7 @@ def stage(monkeypatch):
     monkeypatch.setattr(chat, "Loudspeaker", lambda device: PlayingDevice("speaker"))
     monkeypatch.setattr(chat, "find_again", lambda *streams: stage.is_plugged_in)
     monkeypatch.setattr(chat, "load_model", lambda args, console: None)
-    monkeypatch.setattr(chat, "open_session", lambda args, model, console: stage.session)
+    monkeypatch.setattr(chat, "open_session", lambda args, model, console, listener: stage.session)
     return stage
 
 
@@ -98,6 +99,36 @@ def sessions(tmp_path, monkeypatch):
 
 def interrupt(number=signal.SIGINT):
     return lambda: os.kill(os.getpid(), number)
+
+
+def test_user_stt_is_loaded_beside_moshi(stage, monkeypatch):
+    seen = []
+    monkeypatch.setattr(chat, "load_user_stt", lambda args, console: args.user_stt)
+    monkeypatch.setattr(
+        chat,
+        "open_session",
+        lambda args, model, console, listener: (seen.append(listener), stage.session)[1],
+    )
+    stage.run("--max-seconds", "0.1", "--user-stt", "some/stt")
+    assert seen == ["some/stt"]
+
+
+def test_both_sides_words_are_shown_and_kept_to_the_last(stage, capsys, tmp_path):
+    stage.session = FakeSession(hears=True)
+    flags = ["--txt", str(tmp_path / "txt"), "--json", str(tmp_path / "json")]
+    assert stage.run("--max-seconds", "0.4", *flags, "--record", str(tmp_path / "talks")) == 0
+    out = capsys.readouterr().out
+    # The user's word of a frame is written two frames later; the last two after the talk.
+    assert out == (" w0 w1 w2\nYou: u0\nMoshi: w3\nYou: u1 u2 u3\nMoshi: w4\nYou: u4\n")
+    words = json.loads((tmp_path / "json").read_text())["words"]
+    assert [(w["text"], w["start"]) for w in words if w["speaker"] == "user"] == [
+        (f"u{i}", round(0.08 * i, 3)) for i in range(5)
+    ]
+    assert (tmp_path / "txt").read_text() == "Moshi: w0 w1 w2 w3 w4\nYou: u0 u1 u2 u3 u4\n"
+    (log,) = (tmp_path / "talks").glob("*.txt")
+    mine = [line.split(" ", 2) for line in log.read_text().splitlines() if " user: " in line]
+    assert " ".join(words for _, _, words in mine) == "u0 u1 u2 u3 u4"
+    assert mine[0][0] == "0:00.0"
 
 
 def test_chat_is_the_verb_when_none_is_named(stage, capsys):
@@ -549,6 +580,18 @@ def test_level_bars(level, lit):
     assert screen.bar(level).count("▮") == lit and len(screen.bar(level)) == 8
 
 
+def test_into_a_pipe_two_speakers_words_go_whole(capsys):
+    with screen.PlainScreen() as plain:
+        for text, speaker in [(" one", "moshi"), (" Hel", "moshi"), (" yes", "user")]:
+            plain.said(text, 0.0, speaker)
+        assert capsys.readouterr().out == " one Hel"
+        later = [(" sir", "user"), ("lo", "moshi"), (" two", "moshi"), (" ma", "user")]
+        for text, speaker in [*later, ("s", "moshi"), ("dam", "user")]:
+            plain.said(text, 0.0, speaker)
+    lines = ["", "You: yes", "Moshi:lo", "You: sir", "Moshi: twos", "You: madam", ""]
+    assert capsys.readouterr().out.split("\n") == lines
+
+
 def test_two_speakers_have_names_and_a_paragraph_each():
     def actions(live):
         live.said(" Hello", 1.0, "moshi")
@@ -557,7 +600,7 @@ def test_two_speakers_have_names_and_a_paragraph_each():
         live.show(Status())
 
     lines = drawn(actions).splitlines()
-    assert lines[:2] == ["0:01 moshi Hello there", "0:01 user yes"]
+    assert lines[:2] == ["0:01 Moshi Hello there", "0:01 You yes"]
 
 
 @pytest.mark.parametrize(

@@ -390,6 +390,19 @@ def test_a_save_that_fails_reaches_whoever_asked_and_the_talk_goes_on(stage):
     assert talk_stage.end() == Ended()
 
 
+def test_the_users_words_are_told_with_the_time_of_their_sound_to_the_last(stage):
+    late = []
+    one = stage(FakeSession(hears=True), on_words=late.append, max_seconds=0.32)
+    one.until(Ready)
+    one.microphone.speak(*[voice()] * 4)
+    one.until(Ended)
+    said = [
+        (e.text, round(e.time, 3)) for e in one.seen if isinstance(e, Said) and e.speaker == "user"
+    ]
+    assert said == [(f" u{i}", round(0.08 * i, 3)) for i in range(4)]  # written two frames later
+    assert [words.text for words in late] == [" u2", " u3"]
+
+
 def test_what_stops_loading_is_told():
     def load():
         raise UserError("no such model")

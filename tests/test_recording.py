@@ -55,6 +55,17 @@ def test_words_have_the_times_of_the_wav_and_are_on_disk_within_a_second(tmp_pat
     assert only(tmp_path, ".txt").read_text() == "0:00.0 moshi: Hello there\n"
 
 
+def test_words_that_came_late_have_the_time_of_their_sound_and_stay_whole(tmp_path):
+    one = Recording(tmp_path)
+    said = {20: " Hel", 25: "lo", 40: " there"}
+    for index in range(60):
+        one.take(frame(index, " x" if index == 24 else ""), SILENCE, "moshi")
+        one.write(said.get(index, ""), index * 0.08 - 2.5, "user")  # 2.5 s late
+    one.close()
+    lines = only(tmp_path, ".txt").read_text().splitlines()
+    assert lines == ["0:01.9 moshi: x", "0:00.0 user: Hello there"]
+
+
 def test_an_older_recording_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(recording.time, "strftime", lambda text: "talk-x")
     (tmp_path / "talk-x-3.txt").write_text("words alone")

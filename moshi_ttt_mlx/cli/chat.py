@@ -27,8 +27,10 @@ from .common import (
     add_model_arguments,
     add_session_argument,
     add_talk_arguments,
+    add_user_stt_argument,
     check_folders,
     load_model,
+    load_user_stt,
     open_session,
 )
 from .screen import clock, make_screen
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for kind in FORMATS:
         parser.add_argument(f"--{kind}", metavar="FILE", help=f"write the words as {kind}")
+    add_user_stt_argument(parser)
     add_session_argument(parser)
     parser.add_argument(
         "--max-seconds", type=float, metavar="S", help="end by itself, for scripts: asks nothing"
@@ -79,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     screen, console, keys = make_screen()
 
     def begin():
-        session = open_session(args, load_model(args, console), console)
+        models = load_model(args, console), load_user_stt(args, console)
+        session = open_session(args, models[0], console, models[1])
         if args.no_greeting and not session.model.speaks:
             raise UserError(f"{session.model.name} only writes: leave out --no-greeting")
         with console.status("warming up"):
@@ -92,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         microphone,
         loudspeaker,
         on_frame=keeper.put,
+        on_words=keeper.put_words,
         max_seconds=args.max_seconds,
         find_again=lambda: find_again(microphone, loudspeaker),
         max_wait=args.max_wait,

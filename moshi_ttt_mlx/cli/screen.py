@@ -8,6 +8,7 @@ from rich.live import Live
 from rich.text import Text
 
 from ..live import FRAME_MS, MemoryStatus, Status
+from ..transcript import NAMES
 from .keys import Keys, foreground_terminal
 
 PAUSE_SECONDS = 2.0
@@ -30,17 +31,20 @@ def clock(seconds: float) -> str:
 
 
 class PlainScreen:
-    """For pipes: words to stdout, warnings to stderr, nothing else."""
+    """For pipes: words to stdout, warnings to stderr, nothing else; a name where the speaker changes."""
 
     def __init__(self):
         self._errors = Console(stderr=True, soft_wrap=True)
-        self._has_words = False
+        self._begun: dict[str, str] = {}
+        self._speaker = ""
 
     def __enter__(self) -> "PlainScreen":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._has_words:
+        for speaker in self._begun:
+            self._print_word(speaker)
+        if self._speaker:
             print(flush=True)
 
     def note(self, message: str) -> None:
@@ -53,9 +57,23 @@ class PlainScreen:
         """Good news, for whoever reads the warnings."""
         self._errors.print(message, markup=False, highlight=False)
 
-    def said(self, text: str, _time: float, _speaker: str) -> None:
-        print(text, end="", flush=True)
-        self._has_words = True
+    def said(self, text: str, _time: float, speaker: str) -> None:
+        """Words as they come; once there are two speakers each word is whole before it is printed."""
+        self._begun.setdefault(speaker, "")
+        if text.startswith(" "):
+            self._print_word(speaker)
+        self._begun[speaker] += text
+        if len(self._begun) == 1:
+            self._print_word(speaker)
+
+    def _print_word(self, speaker: str) -> None:
+        word, self._begun[speaker] = self._begun[speaker], ""
+        if not word:
+            return
+        if self._speaker not in ("", speaker):
+            print(f"\n{NAMES[speaker]}:", end="")
+        print(word, end="", flush=True)
+        self._speaker = speaker
 
     def show(self, status: Status) -> None:
         """Nothing: a status line is for people."""
@@ -129,7 +147,7 @@ class LiveScreen:
 
     def _paragraph(self, speaker: str) -> Text:
         paragraph = self._open[speaker]
-        name = f"{speaker} " if len(self._speakers) > 1 else ""
+        name = f"{NAMES[speaker]} " if len(self._speakers) > 1 else ""
         head = (f"{clock(paragraph.began)} ", "dim"), (name, "cyan")
         return Text.assemble(*head, paragraph.words.strip())
 

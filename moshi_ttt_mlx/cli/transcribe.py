@@ -165,8 +165,7 @@ def _talk(session, frames: FrameReader, sound, args, console: Console) -> None:
             session.save(args.session)
         for _ in range(after):
             listener.hear(SILENCE)
-        if args.user_stt:
-            session.finish()
+        session.finish()
         listener.finish()
     print(session.transcript.to_txt() if args.user_stt else "\n", end="", flush=True)
 
