@@ -51,6 +51,7 @@ SHAPES = {
     "wide": ({"dim": 512}, {}),
     "window": ({}, {"window": 200, "segment": 128}),
     "batch": ({}, {"batch": 2}),
+    "bfloat16": ({}, {"segment": 96}),
     "heads": ({"num_heads": 8}, {"segment": 96, "window": 48}),
 }
 
@@ -60,6 +61,8 @@ def test_the_estimate_is_within_30_percent_of_what_is_taken(name):
     overrides, changes = SHAPES[name]
     settings = Settings(**{"segment": 64, "window": 64} | changes)
     lm = build(**overrides)
+    if name == "bfloat16":
+        lm.set_dtype(mx.bfloat16)
     memory = MemoryConfig(layers="top:2")
     adapter = add_memory(lm, memory)
     mx.eval(adapter.parameters())

@@ -70,6 +70,14 @@ def test_recomputing_changes_no_gradient(kind, phase):
         assert carried.meta == want_carried.meta
 
 
+def test_recomputing_a_segment_that_the_learner_compiles():
+    line = batch(learner().lm, frames=300, rows=1)
+    found = [walk(learner(recompute=on), line, [300])[:2] for on in (True, False)]
+    assert found[0][0] == found[1][0]
+    for name, want in found[1][1].items():
+        np.testing.assert_array_equal(found[0][1][name], want, name)
+
+
 @kinds
 def test_everything_in_the_adapter_has_a_gradient(kind):
     _, grads, _ = walk(learner(kind), batch(learner(kind).lm), [FRAMES])
@@ -201,6 +209,7 @@ def test_a_frozen_base_stays_bit_for_bit_and_lets_gradients_through(bits):
     for memory in adapter.memories.values():
         memory.gate = mx.random.normal(memory.gate.shape)
     one = Learner(lm, adapter, attention=ATTENTION)
+    assert not flat(lm.trainable_parameters())  # or its gradients would be taken and thrown away
     _, grads, _ = walk(one, batch(lm), [FRAMES])
     assert all(name.startswith("memory.") for name in grads)
     assert not [name for name, g in grads.items() if not np.abs(g).max() > 0]
