@@ -244,6 +244,12 @@ def test_phase_all_refuses_a_quantized_base():
         Learner(lm, add_memory(lm, KINDS["query"]), "all")
 
 
+def test_a_model_with_cross_attention_is_refused():
+    lm = test_generate.build(cross_attention=True)
+    with pytest.raises(UserError, match="cross-attention"):
+        Learner(lm, add_memory(lm, KINDS["query"]))
+
+
 def test_mixed_precision_keeps_memory_and_state_in_float32():
     lm, adapter = test_memory.with_memory("query")
     lm.set_dtype(mx.bfloat16)

@@ -1,6 +1,11 @@
-"""Training the memory: sound to shards, shards to losses, losses to an adapter.
+"""Training the memory: recorded talks to shards, shards to losses, losses to an adapter.
 
-`data.py` shards, `interleave.py` words to the text stream, `tokenize.py` sound to shards, `loss.py` the
-teacher-forced losses, `segments.py` one stretch of a talk with gradients, `trainer.py` the loop,
-`checkpoint.py` what survives a kill, `estimate.py` memory by computation, `plots.py` the curves.
+tokenize.py, interleave.py    sound and words to shards
+data.py, plan.py              shards, and which are read when
+loss.py                       teacher-forced losses, the frame loop's own numbers
+segments.py                   a stretch of a talk as a pure function, with gradients
+optimizer.py, together.py     a step, and the processes that make it together
+trainer.py                    one update after another
+run.py, checkpoint.py         a run in a folder, and what survives a kill
+estimate.py, plots.py         memory by computation, curves
 """

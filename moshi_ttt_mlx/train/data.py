@@ -9,7 +9,6 @@ metadata are strings: `format`, `source` (the sound file), and whatever the writ
     codes = shards[0].codes()               # int32 [17, T]
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -158,15 +157,3 @@ def pad_talks(talks: Sequence[np.ndarray], frames: int) -> np.ndarray:
     for row, talk in zip(padded, talks, strict=True):
         row[:, : talk.shape[1]] = talk
     return padded
-
-
-def read_json_lines(path: Path) -> list[tuple[int, object]]:
-    """The values of a JSON-lines file with their line numbers; a line that is no JSON gives None."""
-    values = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                values.append((number, json.loads(line)))
-            except ValueError:
-                values.append((number, None))
-    return values

@@ -123,7 +123,7 @@ class Learner:
         recompute: see `recomputed`.
 
     Raises:
-        UserError: phase `all` for a quantized model.
+        UserError: phase `all` for a quantized model; a model with cross-attention.
     """
 
     def __init__(
@@ -135,6 +135,8 @@ class Learner:
         weights: LossWeights = USUAL_WEIGHTS,
         recompute: bool = True,
     ):
+        if lm.cfg.transformer.cross_attention:
+            raise UserError("models with cross-attention cannot be trained: shards hold no source")
         prepare(lm)
         self.lm, self.adapter, self.phase = lm, adapter, phase
         self.attention, self.weights, self.recompute = attention, weights, recompute

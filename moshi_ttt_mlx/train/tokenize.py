@@ -23,7 +23,7 @@ import soundfile
 from ..audio import FRAME_SECONDS, iter_frames
 from ..errors import UserError
 from ..model import Model
-from .data import open_shard, read_json_lines, write_shard
+from .data import open_shard, write_shard
 from .interleave import main_words, text_stream
 
 Tick = Callable[[float], None]
@@ -82,10 +82,19 @@ def read_manifest(source: str | Path) -> tuple[list[Row], list[tuple[str, str]]]
 
 
 def _lines(manifest: Path) -> list[tuple[int, object]]:
+    """The lines that are not empty, by number; None for one that is no JSON."""
     try:
-        return read_json_lines(manifest)
+        lines = enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{manifest}: expected a .jsonl manifest ({error})") from error
+    return [(number, _json(line)) for number, line in lines if line.strip()]
+
+
+def _json(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def tokenize_manifest(

@@ -291,12 +291,13 @@ class Trainer:
         self._begin_batch(meta["batch"])
         self._segment, self._bad = meta["segment"], meta["bad"]
         self._carried = [
-            None
-            if counters is None
-            else self._load_carried(under(f"carried.{i}.", arrays), counters)
+            _carried(under(f"carried.{i}.", arrays), counters)
             for i, counters in enumerate(meta["carried"])
         ]
 
-    @staticmethod
-    def _load_carried(arrays: dict[str, mx.array], counters: list[dict[str, int]]) -> Carried:
-        return Carried([under(f"{layer}.", arrays) for layer in range(len(counters))], counters)
+
+def _carried(arrays: dict[str, mx.array], counters: list[dict[str, int]] | None) -> Carried | None:
+    """What a pass carries, from flat names; None where a talk begins."""
+    if counters is None:
+        return None
+    return Carried([under(f"{layer}.", arrays) for layer in range(len(counters))], counters)
