@@ -374,6 +374,18 @@ async def test_a_talk_that_was_taken_up_does_not_end_when_its_time_to_come_back_
 
 
 @async_test
+async def test_who_comes_back_only_to_leave_may_come_back_again(tmp_path):
+    async with serving(tmp_path) as client:
+        talker = await Talker.begin(client)
+        await talker.leave()
+        for _ in range(5):
+            # Gone before anything could be sent to it.
+            hasty = await Talker.connect(client, resume=talker.ready["key"])
+            await hasty.leave()
+        await Talker.begin(client, resume=talker.ready["key"])
+
+
+@async_test
 async def test_a_pause_ends_with_its_connection(tmp_path):
     async with serving(tmp_path) as client:
         talker = await Talker.begin(client)
@@ -657,11 +669,13 @@ async def test_a_stopped_server_tells_everyone_and_keeps_what_has_a_name(tmp_pat
         await away.leave()
         folder = Path(client.talks()._folder.name)
         assert folder.is_dir()
+        outbox = client.talks().find(named.ready["key"]).outbox
         closing = asyncio.create_task(client.server.close())
         last = await named.rest()
         assert last["reason"] == "the server was stopped"
-        assert named.socket.close_code == 1001
-        assert named.events[-2] == {"type": "saved", "session": "monday"}
+        assert named.socket.close_code == outbox.code == 1001
+        kinds = [event["type"] for event in named.events if event["type"] != "meter"]
+        assert kinds[-3:] == ["saved", "saved", "ended"]
         assert "so it is gone" in (await nameless.rest())["reason"]
         assert (await waiting.rest())["reason"] == "the server was stopped"
         await silent.socket.receive()
@@ -671,6 +685,26 @@ async def test_a_stopped_server_tells_everyone_and_keeps_what_has_a_name(tmp_pat
     assert len(opener.sessions[0].saved) == 2
     names = [thread.name for thread in threading.enumerate()]
     assert "model" not in names and threading.active_count() <= threads + 2
+
+
+@async_test
+async def test_one_talk_that_does_not_end_well_does_not_stop_the_others_from_it(tmp_path):
+    opener = Opener()
+    async with serving(tmp_path, opener, sessions=2) as client:
+        ill, well = await Talker.begin(client), await Talker.begin(client)
+        await well.ask("save", session="monday")
+        await well.hears("saved")
+
+        def close():
+            raise RuntimeError("no disk")
+
+        client.talks().find(ill.ready["key"]).sound.close = close
+        closing = asyncio.create_task(client.server.close())
+        assert (await well.rest())["reason"] == "the server was stopped"
+        await ill.rest()
+        await closing
+    assert len(opener.sessions[1].saved) == 2
+    assert "model" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_the_documented_limits_are_the_limits():

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -129,6 +130,20 @@ def test_a_cancelled_job_is_left_out(thread):
     let_go()
     after.result(10)
     assert log == ["after"]
+
+
+def test_nothing_of_a_job_is_held_until_the_next_one(thread):
+    class Session:
+        pass
+
+    result = thread.call(Session).result(10)
+    ref = weakref.ref(result)
+    del result
+    for _ in range(1000):  # the thread has a moment to come back from it
+        if ref() is None:
+            break
+        threading.Event().wait(0.01)
+    assert ref() is None
 
 
 def test_removed_means_no_turn(thread):

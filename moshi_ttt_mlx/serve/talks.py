@@ -52,7 +52,6 @@ class Talks:
         self._talks: dict[str, ServedTalk] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task] = set()
-        self._stopped = False
         self._folder = tempfile.TemporaryDirectory(prefix="moshi-ttt-mlx-")
 
     # -- beginning
@@ -67,8 +66,6 @@ class Talks:
         await self._places.take(on_position)
         try:
             session = await self._on_model(lambda: self._open_session(settings, path))
-            if self._stopped:
-                raise UserError("the server stops")
         except BaseException:  # a client that left in between is a CancelledError
             self._places.give_back()
             raise
@@ -204,7 +201,6 @@ class Talks:
 
     async def close(self) -> None:
         """The server stops: end all talks, tell their clients, send those who wait away."""
-        self._stopped = True
         self._places.close(STOPPED)
         running = [talk for talk in self._talks.values() if not talk.ended]
         ends = [
