@@ -61,6 +61,11 @@ class Codec(Protocol):
         ...
 
 
+def finite(pcm: np.ndarray) -> np.ndarray:
+    """Sound as `Codec.encode` takes it: float32, with silence for samples that are not finite."""
+    return np.nan_to_num(pcm.astype(np.float32), posinf=0.0, neginf=0.0)
+
+
 def open_codec(
     path: str | Path,
     num_codebooks: int = 8,

@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 
 from .audio import FRAME_SECONDS
+from .codec import finite
 from .errors import UserError
 from .generate import Frame, FrameGenerator
 from .memory import MODES, Mode
@@ -186,7 +187,7 @@ class Session:
             raise ValueError(
                 f"[Session] a frame is [{self.codec.frame_size}] samples, got {list(pcm.shape)}"
             )
-        return self.codec.encode(np.nan_to_num(pcm.astype(np.float32), posinf=0.0, neginf=0.0))
+        return self.codec.encode(finite(pcm))
 
     def _spoken(self, frame: Frame) -> SpokenFrame:
         text, codes = frame.read()

@@ -8,6 +8,7 @@ import pytest
 from mimi_checkpoints import checkpoint, sound
 
 from moshi_ttt_mlx.codec import open_codec, small_mimi
+from moshi_ttt_mlx.codec_thread import CodecThread, one_ahead
 from moshi_ttt_mlx.errors import UserError
 
 rustymimi = pytest.importorskip("rustymimi", reason="rustymimi has no wheel for this Python")
@@ -55,6 +56,18 @@ def test_the_sound_and_codes_are_alive(talk):
     _, codes, samples, _ = talk
     assert all(len(set(book)) > 8 for book in codes.T)
     assert np.isfinite(samples).all() and 0.02 < samples.std() < 0.5
+
+
+def test_on_a_thread_and_a_frame_ahead_it_is_the_same_over_seams(weights, talk):
+    pcm, codes, samples, states = talk
+    codec = CodecThread(short_epochs(weights))
+    for n, frame in enumerate(one_ahead(codec, pcm[:12])):
+        assert np.array_equal(codec.encode(frame), codes[n])
+        assert np.array_equal(codec.decode(codes[n]), samples[n])
+    arrays, meta = codec.state()
+    codec.close()
+    assert meta == states[12][1] and arrays.keys() == states[12][0].keys()
+    assert all(np.array_equal(a, states[12][0][name]) for name, a in arrays.items())
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2, 3])

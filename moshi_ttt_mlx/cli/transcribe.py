@@ -9,7 +9,7 @@ import itertools
 import math
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..audio import FRAME_SIZE, FRAMES_PER_SECOND, FrameReader, WavWriter, iter_frames
+from ..codec_thread import hearing_ahead
 from ..errors import UserError
 from ..live import MEMORY_BROKE
 from ..transcript import FORMATS
@@ -153,13 +154,17 @@ class _Listener:
 def _talk(session, frames: FrameReader, sound, args, console: Console) -> None:
     """Step through the recording; on an interruption keep what there is."""
     before, after = _padding(session)
-    with _progress(console) as bar:
+    # Two models share one codec's ear or have one each: they stay on this thread.
+    hearing = nullcontext(iter) if args.user_stt else hearing_ahead(session)
+    with hearing as ahead, _progress(console) as bar:
         listener = _Listener(session, sound, bar, frames.total_frames, not args.user_stt)
         try:
-            for pcm in itertools.chain([SILENCE] * before, frames):
+            for pcm in ahead(itertools.chain([SILENCE] * before, frames)):
                 listener.hear(pcm)
         except KeyboardInterrupt:
             console.print("\ninterrupted: keeping what was heard so far", style="yellow")
+            for pcm in getattr(session.codec, "announced", []):
+                listener.hear(pcm)
         if args.session:
             # Here, because the silence that brings out the last words is no part of the talk.
             session.save(args.session)
