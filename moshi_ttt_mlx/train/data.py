@@ -108,18 +108,27 @@ def write_shard(path: str | Path, codes: np.ndarray, meta: dict[str, str]) -> No
         raise UserError(f"could not write {path}: {error}") from error
 
 
-def find_shards(source: str | Path) -> list[Shard]:
-    """The shards of a folder and its subfolders, sorted by path; or the one shard of a file.
+def shard_paths(source: str | Path) -> list[Path]:
+    """The shard files of a folder and its subfolders, sorted; or the one file. None is opened.
 
     Raises:
-        UserError: nothing there, or a file that is no shard.
+        UserError: nothing there.
     """
     source = Path(source)
     paths = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
     if not paths:
         what = "holds no shards" if source.is_dir() else "does not exist"
         raise UserError(f"{source} {what}: `moshi-ttt-mlx tokenize MANIFEST --out {source}` first")
-    return [open_shard(path) for path in paths]
+    return paths
+
+
+def find_shards(source: str | Path) -> list[Shard]:
+    """The shards of `shard_paths`, opened.
+
+    Raises:
+        UserError: nothing there, or a file that is no shard.
+    """
+    return [open_shard(path) for path in shard_paths(source)]
 
 
 def check_shards(shards: Sequence[Shard], config: LmConfig) -> None:
