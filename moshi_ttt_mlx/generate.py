@@ -19,6 +19,7 @@ from moshi_mlx.models.lm import ScaledEmbedding
 from moshi_mlx.modules.transformer import LayerCache
 from moshi_mlx.utils import Sampler
 
+from . import device_memory
 from .kv_cache import HybridKVCache, StepAt, TracedStep
 from .layers import end_step, make_memory_cache, use_window_attention
 from .memory import Mode
@@ -157,6 +158,7 @@ class FrameGenerator:
     ):
         for transformer in (model.transformer, *(s.transformer for s in model.depformer.slices)):
             use_window_attention(transformer)
+        device_memory.prepare(model.parameters())
         self.model, self.cfg = model, model.cfg
         self.text_sampler, self.audio_sampler = text_sampler, audio_sampler
         self.batch_size, self.cfg_coef = batch_size, cfg_coef
@@ -250,6 +252,7 @@ class FrameGenerator:
         else:
             self.history, self.key, tokens, out = self._frame(*key_in, self.caches)
         self.frame += 1
+        device_memory.after_frame(self.frame)
         has_audio = self.codebooks > 0 and self.frame > self.max_delay
         return Frame(self.frame - 1, tokens, has_audio, out)
 
