@@ -210,6 +210,18 @@ def test_left_is_moshi_right_the_user_text_on_top(model, tmp_path):
         np.testing.assert_array_equal(streams, np.stack(heard, axis=1))
 
 
+def test_a_talk_is_heard_from_its_start_whatever_came_before(model, tmp_path):
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    add_talk(tmp_path / "two", "a", sound(0.8, seed=1))
+    for name in ("one", "two"):
+        add_talk(tmp_path / name, "b", sound(0.8, seed=2))
+        tokenize_manifest(tmp_path / name, tmp_path / f"{name}.out", model)
+    alone, after = (data.find_shards(tmp_path / f"{name}.out")[-1] for name in ("one", "two"))
+    assert Path(alone.name).name == Path(after.name).name == "b.wav"
+    np.testing.assert_array_equal(after.codes(), alone.codes())
+
+
 def test_another_rate_is_resampled(model, tmp_path):
     add_talk(tmp_path, "a", sound(1.0, rate=44_100), rate=44_100)
     tokenize_manifest(tmp_path, tmp_path / "out", model)
