@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,13 +138,18 @@ async def test_a_slow_model_loses_the_oldest_frames_and_says_so(tmp_path):
         assert kept == [0.01, *(round(0.01 * n, 2) for n in range(10, 22))]
 
 
-@async_test
-async def test_exact_silence_is_said_once(tmp_path, monkeypatch):
-    now = iter(range(1000))
-    clock = type(
-        "time", (), dict.fromkeys(("monotonic", "perf_counter", "time"), lambda: next(now))
+def fake_time(monkeypatch, per_frame):
+    """Every look at the clock is a second later; a frame takes `per_frame`."""
+    seconds, steps = iter(range(10_000)), iter(np.arange(10_000) * per_frame)
+    clock = SimpleNamespace(
+        monotonic=lambda: next(seconds), perf_counter=lambda: next(steps), time=lambda: 0.0
     )
     monkeypatch.setattr(talk_module, "time", clock)
+
+
+@async_test
+async def test_exact_silence_is_said_once(tmp_path, monkeypatch):
+    fake_time(monkeypatch, per_frame=0.01)
     async with serving(tmp_path) as client:
         talker = await Talker.begin(client)
         for n in range(20):
@@ -153,6 +159,30 @@ async def test_exact_silence_is_said_once(tmp_path, monkeypatch):
         await talker.rest()
         warnings = [event["message"] for event in talker.events if event["type"] == "warning"]
         assert len(warnings) == 1 and "exact silence" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("per_frame", "said"), [(0.2, "needs 200 ms a frame"), (0.02, "takes 20 of 80 ms: other talks")]
+)
+@async_test
+async def test_lasting_lateness_is_said_once_with_its_reason(
+    tmp_path, monkeypatch, per_frame, said
+):
+    fake_time(monkeypatch, per_frame)
+    fake = gated()
+    opener = Opener(fake)
+    async with serving(tmp_path, opener, heard_frames=40) as client:
+        talker = await Talker.begin(client)
+        await talker.speak(voice())
+        await asyncio.to_thread(opener.sessions[0].stepping.wait)
+        await talker.speak(*[voice()] * 40)
+        await talker.hears("meter", lambda meter: meter["lag_ms"] == 40 * 80)
+        fake["gate"].release(41)
+        await talker.replies(41)
+        await talker.ask("end")
+        await talker.rest()
+        warnings = [event["message"] for event in talker.events if event["type"] == "warning"]
+        assert len(warnings) == 1 and said in warnings[0]
 
 
 @async_test

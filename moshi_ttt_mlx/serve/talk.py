@@ -197,7 +197,7 @@ class ServedTalk:
         if self._zeros.over(not user.any(), now):
             self.warn(NO_SOUND)
         if self._slow.over(len(self._heard) >= LAG_FRAMES, now):
-            self.warn(too_slow_message(float(np.mean(self._pace)), self._context))
+            self.warn(_late_message(float(np.mean(self._pace)), self._context))
 
     def fail(self, error: Exception) -> None:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -218,6 +218,16 @@ class ServedTalk:
     def _deliver(self, event: Event) -> None:
         if self.outbox is not None:
             self.outbox.put(event)
+
+
+def _late_message(frame_ms: float, context: int) -> str:
+    """What can be done about answers that come late."""
+    if frame_ms > FRAME_MS:
+        return too_slow_message(frame_ms, context)
+    return (
+        f"the answers are late, though a frame takes {frame_ms:.0f} of {FRAME_MS:.0f} ms: other "
+        "talks or other programs take this machine's time"
+    )
 
 
 def _finite(value: float) -> float | None:
