@@ -458,7 +458,9 @@ class TTTMemory(nn.Module):
         """RoPE by place in the mini-batch (`ttt.md` section 4); the place may be a traced array."""
         c, t = self._config.mini_batch, x.shape[2]
         start = cache.inner.tokens if cache.place is None else cache.place
-        place = (start + mx.arange(t)) % c
+        # A frozen memory stays where it stopped: one token at a time or many, the same place.
+        steps = mx.arange(t) if cache.mode == "on" else mx.zeros((t,), mx.int32)
+        place = (start + steps) % c
         angle = place[:, None] * self._frequencies()
         cos, sin = mx.cos(angle), mx.sin(angle)
         a, b = x[..., 0::2], x[..., 1::2]
