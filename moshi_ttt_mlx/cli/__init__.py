@@ -17,6 +17,7 @@ VERBS = {
     "sessions": "list, show and remove the talks that --session NAME keeps",
     "tokenize": "recorded talks to shards, once, for train and eval",
     "train": "teach a model's memory on shards",
+    "eval": "loss by position on shards: does a memory help past the window",
     "convert": "a PyTorch Moshi-TTT memory to an adapter, or LoRA into a base model",
     "bench": "measure the frame loop beside moshi_mlx's on this machine",
     "doctor": "examine this machine: memory, devices, codec, is it fast enough",
