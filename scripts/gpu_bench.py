@@ -128,10 +128,11 @@ def parity(step: Callable, fold: Callable, shape: tuple[int, int, int]) -> str:
     """Step and fold against ops, on random numbers; 2e-5 is what the emulator's tests ask for."""
     heads, width, hidden = shape
     rules, off = Rules(target="standardized"), []
-    args = ttt_kernels._sample(rules, heads, (hidden, width))
-    off.append(widest(step(rules, *args), ttt._piece(rules, *args)))
-    off.append(widest(fold(rules, *args[:3]), ttt._fold(rules, *args[:3])))
-    return f"step off by {off[0]:.1e}, fold by {off[1]:.1e}"
+    for widths in ((hidden, width), (width,)):
+        args = ttt_kernels._sample(rules, heads, widths)
+        off.append(widest(step(rules, *args), ttt._piece(rules, *args)))
+        off.append(widest(fold(rules, *args[:3]), ttt._fold(rules, *args[:3])))
+    return "MLP step off by {:.1e}, fold by {:.1e}; linear by {:.1e}, {:.1e}".format(*off)
 
 
 def step_bytes(shape: tuple[int, int, int], c: int = 16) -> int:

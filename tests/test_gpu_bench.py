@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_on_host
+import mlx.core as mx
 import pytest
 
 from moshi_ttt_mlx import ttt_kernels
@@ -51,7 +53,7 @@ def test_a_row_that_fails_leaves_the_others(monkeypatch):
 
     monkeypatch.setattr(gpu_bench, "step_speed", broken)
     rows = gpu_bench.memory_rows("cpu")
-    assert rows[0][2].startswith("step off by")
+    assert rows[0][2].startswith("MLP step off by 0.0e+00")
     assert rows[1] == ("step", "tiny, ops", "failed: no such kernel")
 
 
@@ -87,6 +89,31 @@ def test_a_host_compiler_takes_it(name, tmp_path):
     assert "error" in host_compiles(text.replace("__syncthreads()", "barrier(0)"), tmp_path) or (
         "__syncthreads()" not in text
     )
+
+
+def off_by(monkeypatch):
+    """How far translated kernels are from ops, run by threads of the CPU."""
+    monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_on_host.cuda_kernel, raising=False)
+    gpu_bench.cuda_kernel.cache_clear()
+    with gpu_bench.kernels_of("cuda") as (step, fold):
+        said = gpu_bench.parity(step, fold, (1, 32, 64))
+    gpu_bench.cuda_kernel.cache_clear()
+    return [float(number) for number in re.findall(r"\d\.\de[+-]\d+|nan", said)]
+
+
+@pytest.mark.skipif(cuda_on_host.UNAVAILABLE is not None, reason=str(cuda_on_host.UNAVAILABLE))
+def test_translated_kernels_compute_what_ops_do(monkeypatch):
+    """2e-5 is what the emulator's tests ask of the Metal text; 7e-7 was seen."""
+    off = off_by(monkeypatch)
+    assert len(off) == 4 and max(off) < 2e-5
+
+
+@pytest.mark.skipif(cuda_on_host.UNAVAILABLE is not None, reason=str(cuda_on_host.UNAVAILABLE))
+def test_a_wrong_translation_is_noticed(monkeypatch):
+    wrong = gpu_bench._ATTRIBUTES | {"simdgroup_index_in_threadgroup": "(threadIdx.x / 64)"}
+    monkeypatch.setattr(gpu_bench, "_ATTRIBUTES", wrong)
+    off = off_by(monkeypatch)
+    assert all(not number < 2e-5 for number in off)
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no CUDA compiler")
