@@ -2,10 +2,14 @@
 
 import threading
 import time
+from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from moshi_ttt_mlx.cli import transcribe
 from moshi_ttt_mlx.codec_thread import CodecThread, hearing_ahead, one_ahead
 
 
@@ -124,6 +128,40 @@ def test_a_codec_on_mlx_stays_on_its_thread():
     with hearing_ahead(talk) as ahead:
         assert isinstance(talk.codec, Counting)
         assert [pcm[0] for pcm in ahead(FRAMES)] == [0, 1, 2, 3, 4]
+
+
+class Interrupted(Talk):
+    """A session as `transcribe` uses it, interrupted after its third frame."""
+
+    model = SimpleNamespace(speaks=True, silence_prefix=0.0)
+    generator = SimpleNamespace(max_delay=0)
+    transcript = SimpleNamespace(to_txt=lambda: "")
+    frame = 0
+
+    def step(self, pcm):
+        super().step(pcm)
+        if len(self.stepped) == 3:
+            raise KeyboardInterrupt
+        return SimpleNamespace(text="", memory_ok=True, pcm=None)
+
+    def save(self, path):
+        self.saved = self.codec.state()[0]["total"]
+
+    def finish(self):
+        return []
+
+
+class Recording(list):
+    total_frames = None
+
+
+def test_an_interrupted_talk_is_saved_with_all_that_its_codec_heard():
+    talk, alone = Interrupted(), Counting()
+    args = Namespace(user_stt=None, session="talk.session")
+    transcribe._talk(talk, Recording(FRAMES), None, args, Console(quiet=True))
+    for pcm in FRAMES[:4]:
+        alone.encode(pcm)
+    assert len(talk.stepped) == 4 and talk.saved == alone.total
 
 
 def test_no_frames_no_work():
