@@ -166,7 +166,7 @@ class Evaluation:
         return [talk for talk, score in pairs if not score.memory_ok]
 
 
-# -- which variants, which positions ---------------------------------------------------
+# -- which variants, which positions ----------------------------------------------------------------
 
 
 def choose_variants(
