@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..audio import FRAME_SIZE, FRAMES_PER_SECOND, FrameReader, WavWriter, iter_frames
-from ..codec_thread import hearing_ahead
 from ..errors import UserError
 from ..live import MEMORY_BROKE
 from ..transcript import FORMATS
@@ -153,6 +152,8 @@ class _Listener:
 
 def _talk(session, frames: FrameReader, sound, args, console: Console) -> None:
     """Step through the recording; on an interruption keep what there is."""
+    from ..codec_thread import hearing_ahead
+
     before, after = _padding(session)
     # Two models share one codec's ear or have one each: they stay on this thread.
     hearing = nullcontext(iter) if args.user_stt else hearing_ahead(session)
