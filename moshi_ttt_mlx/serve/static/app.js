@@ -157,6 +157,7 @@ function clearView() {
   levels.moshi.clear();
   levels.user.clear();
   transcript.clear();
+  fetched = {};
   timing.clear();
   memory.clear();
 }
@@ -242,6 +243,7 @@ async function replaceMicrophone() {
 let context = 1; // of this talk, in frames
 let fetching = false;
 let early = []; // words that came while the earlier ones were fetched
+let fetched = {}; // each speaker's words up to this second came that way
 
 function setState(now) {
   state = now;
@@ -304,7 +306,8 @@ function remember() {
 function showWord(piece) {
   $('welcome').hidden = true;
   if (fetching) early.push(piece);
-  else transcript.add(piece);
+  // The two ways race: a word may come by itself after it came with the others.
+  else if (!(piece.end <= fetched[piece.speaker])) transcript.add(piece);
 }
 
 /** All words so far, from the server: after a reload or a broken line the page lacks some. */
@@ -320,8 +323,7 @@ async function fetchWords() {
 function showWords(words) {
   $('welcome').hidden = words.length > 0;
   transcript.replace(words);
-  const last = Object.fromEntries(words.map(({ speaker, end }) => [speaker, end]));
-  early = early.filter(({ speaker, end }) => !(end <= last[speaker]));
+  fetched = Object.fromEntries(words.map(({ speaker, end }) => [speaker, end]));
 }
 
 // -- wiring -----------------------------------------------------------------------------------------
