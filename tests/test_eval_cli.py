@@ -1,6 +1,8 @@
 """`eval` as a user runs it: tables, a document, a picture, and errors in one line."""
 
 import json
+import shlex
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -48,7 +50,8 @@ def run(folder, capfd, monkeypatch):
             str(folder / "model"),
         ]
         argv += ["--adapter-path", str(folder / adapter)] if adapter else []
-        assert main([*argv, *map(str, args)]) == status
+        monkeypatch.setattr(sys, "argv", ["moshi-ttt-mlx", *argv, *map(str, args)])
+        assert main() == status
         return capfd.readouterr()
 
     return evaluate
@@ -67,7 +70,7 @@ def test_one_run_measures_everything(run, tmp_path):
     assert document["settings"] == {"window": 9, "sinks": 3, "segment": 7}
     assert document["adapter"]["window"] == 9
     assert document["versions"]["mlx"] == mx.__version__
-    assert document["command"].startswith("moshi-ttt-mlx ")
+    assert document["command"] == shlex.join(sys.argv)
     assert list(document["positions"]) == ["0-1W", "1-2W", "2-4W", "4-8W"]
     exact, off, on = (document["variants"][name]["all"] for name in ("exact", "off", "on"))
     for stream in document["streams"]:

@@ -49,7 +49,7 @@ def typed(keys, text):
 
 
 def wait_until(true):
-    for _ in range(400):
+    for _ in range(2000):  # a busy machine takes seconds to start a program
         if true():
             return
         time.sleep(0.01)
@@ -107,6 +107,7 @@ import fcntl, os, signal, subprocess, sys, termios
 def in_front():
     os.setpgrp()
     os.tcsetpgrp(0, os.getpid())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a script runs in the background
 
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -132,6 +133,7 @@ class Program:
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
             )
         self.wait_for("reading")
+        self.wait_for("pid ")
         self.pid = int(self._out.read_text().split("pid ")[1].split()[0])
 
     def wait_for(self, words):

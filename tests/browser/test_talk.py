@@ -189,7 +189,7 @@ def test_save_restart_resume(open_page, serve):
     first.stop()
 
     page = open_page(serve().url)
-    page.click("text=Resume")
+    page.click("#saved button")
     expect_state(page, "Talking")
     wait_for(page, lambda: age(page) >= before + 1)
     page.click("#start")
