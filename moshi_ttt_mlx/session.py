@@ -28,11 +28,10 @@ from .errors import UserError
 from .generate import Frame, FrameGenerator
 from .memory import MODES, Mode
 from .model import Model
+from .session_store import FORMAT, VERSION
 from .transcript import Transcript
 from .trees import under
 
-FORMAT = "moshi-ttt-mlx session"
-VERSION = 1
 USER = "user"
 """What a file calls the model that listens to the user (`user_words.py`)."""
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_session import sound, talk
 
-from moshi_ttt_mlx import Session, UserError, load, session, session_store
+from moshi_ttt_mlx import Session, UserError, load, session_store
 from moshi_ttt_mlx.session_store import SessionStore, session_label, session_path
 
 
@@ -144,10 +144,6 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
 
 
 # ---- the list
-
-
-def test_it_reads_what_session_writes():
-    assert (session_store.FORMAT, session_store.VERSION) == (session.FORMAT, session.VERSION)
 
 
 def test_a_talk_says_what_it_is(store, saved, model):

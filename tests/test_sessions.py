@@ -100,7 +100,7 @@ def test_show_tells_settings_last_words_and_memory(halves, capsys):
     out = capsys.readouterr().out
     with open("whole.json") as file:
         last = json.load(file)["words"][-1]["text"]
-    assert "seed 299792458" in out and last in out and "moshi:" in out
+    assert "seed 299792458" in out and last in out and "Moshi:" in out
     assert "weights" in out and [*out.splitlines()[-1].split()[:3]] == ["3", "10", "40"]
 
 

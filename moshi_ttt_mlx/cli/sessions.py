@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..errors import UserError
 from ..session_store import SessionInfo, SessionStore, last_words, memory_norms
+from ..transcript import NAMES
 from .screen import clock
 
 LAST_WORDS = 60
@@ -116,7 +117,7 @@ def _turns(words) -> Text:
     for word in words:
         if word.speaker != speaker:
             end = "\n" if speaker else ""
-            text.append(f"{end}{clock(word.start)} {word.speaker}:", "dim")
+            text.append(f"{end}{clock(word.start)} {NAMES.get(word.speaker, word.speaker)}:", "dim")
         text.append(f" {word.text}")
         speaker = word.speaker
     return text
