@@ -425,7 +425,7 @@ class Talk:
             try:
                 self.session.save(path)
             except UserError as error:
-                self.events.put(Warned(str(error)))
+                self.events.put(Warned(f"{error}; the talk goes on"))
             else:
                 self.events.put(Saved(path))
 

@@ -25,7 +25,7 @@ from .errors import UserError
 from .finetuned import LORA_PART, MEMORY_PART, base_name, new_folder, write_config
 from .hub import ModelFiles, Progress, find_files, resolve_file, silent
 from .pytorch_weights import step_name, step_schedule
-from .weights import load_lm_weights, read_shapes
+from .weights import dense_weight, load_lm_weights, read_shapes
 
 
 @dataclass
@@ -167,7 +167,7 @@ def _by_step(weight: str, array: mx.array, steps: int) -> list[tuple[str, mx.arr
 
 
 def _merge(module: nn.Module, change: _Change, scaling: float, where: str) -> None:
-    weight = _dense(module) if change.whole is None else change.whole.astype(mx.float32)
+    weight = dense_weight(module) if change.whole is None else change.whole.astype(mx.float32)
     shape = _shape(module)
     factors = change.a is None or (change.b.shape[:1] + change.a.shape[1:], change.b.shape[1:]) == (
         shape,
@@ -190,14 +190,6 @@ def _quantized(module: nn.Module) -> bool:
 def _shape(module: nn.Module) -> tuple[int, ...]:
     rows, columns = module["weight"].shape
     return (rows, columns * 32 // module.bits) if _quantized(module) else (rows, columns)
-
-
-def _dense(module: nn.Module) -> mx.array:
-    """The weight in float32."""
-    if not _quantized(module):
-        return module["weight"].astype(mx.float32)
-    scales, biases = (module[name].astype(mx.float32) for name in ("scales", "biases"))
-    return mx.dequantize(module["weight"], scales, biases, module.group_size, module.bits)
 
 
 def _store(module: nn.Module, weight: mx.array) -> None:

@@ -43,7 +43,8 @@ class MemoryConfig:
         heads, head_dim: `H` and `f` of the inner learner.
         hidden: `F` of the inner MLP.
         mini_batch: `C`, tokens between two changes of the inner weights.
-        base_lr: the learned rate is `base_lr * sigmoid(x . w + b) / f`. Default: `4 sqrt(f)`.
+        base_lr: the learned rate is `base_lr * sigmoid(x . w + b) / f`, and begins at a tenth of
+            `base_lr / f`. Default: `0.1 f`.
         conv: width of the causal convolution in front of queries and keys; 1 is none.
         slots: probes of the `slots` read.
         window: keys attention sees beside the memory; None keeps the talk's own setting.
@@ -240,6 +241,13 @@ def _unit(x: mx.array) -> mx.array:
     return x * mx.rsqrt(mx.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
+def _orthonormal(rows: int, columns: int) -> mx.array:
+    """Random `[rows, columns]` with orthonormal rows, or columns where those are fewer."""
+    tall = mx.random.normal((max(rows, columns), min(rows, columns)))
+    q, _ = mx.linalg.qr(tall, stream=mx.cpu)  # MLX has no other
+    return q if rows >= columns else q.T
+
+
 def _affine(layer: nn.Linear, x: mx.array) -> mx.array:
     # nn.Linear goes through addmm, which has no float64 on CPU.
     return x @ layer.weight.T + layer.bias
@@ -267,16 +275,21 @@ class TTTMemory(nn.Module):
         self.k_proj = nn.Linear(width, inner, bias=False)
         self.v_proj = nn.Linear(width, inner, bias=False)
         self.rate = nn.Linear(width, config.heads)
-        self.rate.bias = mx.zeros((config.heads,))
+        self.rate.weight = 0.1 * self.rate.weight
+        self.rate.bias = mx.full((config.heads,), -2.2)  # sigmoid: 0.1
         if config.forget:
             self.decay = nn.Linear(width, config.heads)
-            # Nothing is forgotten at first: exp(-softplus(-5)) is 0.993 a token.
-            self.decay.bias = mx.full((config.heads,), -5.0)
-        if config.conv > 1:
-            self._init_convolutions()
+            # Little is forgotten at first: exp(-softplus(-8)) is 0.9997 a token.
+            self.decay.bias = mx.full((config.heads,), -8.0)
+        for name in ("q_conv", "k_conv") if config.read == "query" else ("k_conv",):
+            if config.conv > 1:
+                self[name] = 0.02 * mx.random.normal((config.conv, width))
+                self[name][-1] += 1  # at first the token itself
         sizes = (config.heads, config.head_dim)
         if config.inner == "mlp":
             self.learner = TTTMLP(*sizes, config.hidden, config.rules)
+            # Keys have length 1: from smaller weights all hidden units say the same of all keys.
+            self.learner.W1 = mx.random.normal(self.learner.W1.shape)
         else:
             self.learner = TTTLinear(*sizes, config.rules)
         # tau_t = 1: every row counts in full from the start. Averaged over the mini-batch (tau_t =
@@ -288,25 +301,43 @@ class TTTMemory(nn.Module):
             # Closed, and still with a gradient: see `kv_cache.mix`.
             self.gate = mx.zeros((heads, 1, 1))
             if config.read == "slots":
-                self.probes = 0.5 * mx.random.normal((config.heads, config.slots, config.head_dim))
+                shape = (config.heads, config.slots, config.head_dim)
+                self.probes = _unit(mx.random.normal(shape))
         else:
             self.out_proj = nn.Linear(inner, width, bias=False)
             self.gate = mx.zeros((width,))
 
-    def _init_convolutions(self) -> None:
-        """Ask by this token, file under the one before: at first "what came after this?".
+    def inherit(self, in_proj: mx.array, out_proj: mx.array) -> None:
+        """Start from the attention beside which the memory sits.
 
-        From random taps and projections, recall stayed at chance for the first hundreds of steps;
-        from here there is something to read at once. Training is free to leave it.
+        It files under attention's keys and asks by its queries, turned at random for each head, and
+        what it recalls of a token gives, as far as its width goes, that token's own key and value.
+        From here an untrained memory already recalls at once; from random projections recall stayed
+        at chance for hundreds of steps (docs/evidence.md).
+
+        Args:
+            in_proj: attention's queries, keys and values, `[3 D, D]`.
+            out_proj: behind it, `[D, D]`.
         """
-        config = self._config
-        shape = (config.conv, self._width)
-        self.k_conv = 0.02 * mx.random.normal(shape)
-        self.k_conv[-2] += 1
+        config, width = self._config, self._width
+        queries, keys, values = mx.split(in_proj, 3)
+        turns = [_orthonormal(config.head_dim, width // self._heads) for _ in range(config.heads)]
+
+        def turned(weight: mx.array) -> mx.array:
+            by_head = weight.reshape(self._heads, -1, width)
+            return mx.concatenate([r @ by_head[j % self._heads] for j, r in enumerate(turns)])
+
+        self.k_proj.weight = turned(keys)
         if config.read == "query":
-            self.q_conv = 0.02 * mx.random.normal(shape)
-            self.q_conv[-1] += 1
-            self.q_proj.weight = mx.array(self.k_proj.weight)
+            self.q_proj.weight = turned(queries)
+        inner = config.heads * config.head_dim
+        spread = _orthonormal(inner, width) * math.sqrt(max(inner / width, 1))
+        back = spread.T / max(inner / width, 1)
+        self.v_proj.weight = spread
+        if config.placement == "cache":
+            self.key_proj.weight, self.value_proj.weight = keys @ back, values @ back
+        else:
+            self.out_proj.weight = out_proj @ values @ back
 
     @property
     def config(self) -> MemoryConfig:

@@ -309,7 +309,7 @@ def write_session(path: Path, tree: dict[str, mx.array], meta: dict[str, str]) -
             Path(temporary).unlink(missing_ok=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or not _has_room(path.parent, tree)
         why = "the disk is full" if full else str(error)
-        raise UserError(f"could not save the session to {path}: {why}; the talk goes on") from error
+        raise UserError(f"could not save the session to {path}: {why}") from error
 
 
 def _has_room(folder: Path, tree: dict[str, mx.array]) -> bool:

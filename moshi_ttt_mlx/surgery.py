@@ -25,7 +25,7 @@ from .hub import open_source
 from .layers import MemoryAttention, WindowAttention, use_window_attention
 from .legacy import LegacyConfig, LegacyMemory, StreamLayer, share_layer
 from .memory import MemoryConfig, TTTMemory
-from .weights import check_shapes, expected_shapes, read_shapes
+from .weights import check_shapes, dense_weight, expected_shapes, read_shapes
 
 WEIGHTS_NAME = "memory.safetensors"
 CONFIG_NAME = "memory_config.json"
@@ -64,6 +64,8 @@ class Adapter(nn.Module):
 def add_memory(lm: Lm, config: MemoryConfig) -> Adapter:
     """Put an untrained memory into a model; its gates are shut, so nothing changes yet.
 
+    It starts from its layer's attention: see `TTTMemory.inherit`.
+
     Raises:
         UserError: layers the model does not have, or a model that has a memory already.
     """
@@ -76,6 +78,8 @@ def add_memory(lm: Lm, config: MemoryConfig) -> Adapter:
     for index in config.layer_indices(len(transformer.layers)):
         memory = kind(lm.cfg.transformer.d_model, lm.cfg.transformer.num_heads, config)
         layer = transformer.layers[index]
+        if not legacy:
+            memory.inherit(*map(dense_weight, (layer.self_attn.in_proj, layer.self_attn.out_proj)))
         layer.self_attn = MemoryAttention.with_memory(layer.self_attn, memory)
         if legacy:
             transformer.layers[index] = share_layer(StreamLayer, layer)

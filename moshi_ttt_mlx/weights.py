@@ -48,6 +48,14 @@ def expected_shapes(module: nn.Module) -> Shapes:
     return {name: tuple(array.shape) for name, array in tree_flatten(module.parameters())}
 
 
+def dense_weight(module: nn.Module) -> mx.array:
+    """The weight of a linear layer, quantized or not, in float32."""
+    if "scales" not in module:
+        return module["weight"].astype(mx.float32)
+    scales, biases = (module[name].astype(mx.float32) for name in ("scales", "biases"))
+    return mx.dequantize(module["weight"], scales, biases, module.group_size, module.bits)
+
+
 def _listed(names: Iterable[str], most: int = 4) -> str:
     names = sorted(names)
     rest = f" and {len(names) - most} more" if len(names) > most else ""

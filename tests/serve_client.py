@@ -72,18 +72,27 @@ class Opener:
 
 @asynccontextmanager
 async def serving(
-    folder, open_session=None, *, host="localhost", token=None, defaults=None, fits="", **limits
+    folder,
+    open_session=None,
+    *,
+    host="localhost",
+    token=None,
+    defaults=None,
+    fits="",
+    usual=None,
+    **limits,
 ):
     """A client of a running server.
 
     Args:
         folder: of saved sessions.
         fits: fingerprint of the model.
+        usual: name of the talk that is meant where none is named.
         limits: fields of `Limits`.
     """
     limits = Limits(**limits)
     server = Server({"model": "fake"}, defaults or {}, Guard(host, token), limits)
-    shelf = Shelf(SessionStore(folder), fits)
+    shelf = Shelf(SessionStore(folder), fits, usual)
     app = server.app(ModelThread(), open_session or Opener(), shelf)
     async with TestClient(TestServer(app)) as client:
         client.talks = lambda: server._talks

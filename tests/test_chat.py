@@ -493,7 +493,7 @@ def test_s_saves_where_the_talk_came_from(stage, keys, sessions):
 
 def test_s_on_a_full_disk_is_a_warning_and_the_talk_goes_on(stage, keys, tmp_path):
     def save(path):
-        raise UserError(f"could not save the session to {path}: the disk is full; the talk goes on")
+        raise UserError(f"could not save the session to {path}: the disk is full")
 
     stage.session.save = save
     out = keys((3, "s"), (20, "q"))

@@ -514,7 +514,7 @@ def test_a_save_that_nobody_waits_for_tells_how_it_went(stage):
     assert talk_stage.until(Saved).path == "a" and session.saved == ["a"]
 
     def save(path):
-        raise UserError("the disk is full; the talk goes on")
+        raise UserError("the disk is full")
 
     session.save = save
     talk_stage.talk.save_soon("b")

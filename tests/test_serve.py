@@ -679,6 +679,8 @@ async def test_a_last_save_that_fails_is_said(tmp_path, error):
         await talker.ask("end")
         reason = (await talker.rest())["reason"]
         assert reason.startswith("ended by the client; ") and reason.endswith("the disk is full")
+        assert talker.events[-2]["type"] == "error"
+        assert talker.events[-2]["message"].endswith("the disk is full")
         await Talker.begin(client)  # the place is free all the same
 
 

@@ -78,6 +78,32 @@ async def test_start_talk_stop(tmp_path):
     assert SessionStore(tmp_path).info("monday").seconds == pytest.approx(8 * 0.08)
 
 
+@async_test
+async def test_a_talk_goes_on_after_a_restart(tmp_path):
+    flags = ["--host", "127.0.0.1", "--sessions-dir", str(tmp_path), "--session", "monday"]
+    ages = []
+    for _ in range(2):
+        async with (
+            started(*flags, "--port", str(free_port())) as (server, url),
+            aiohttp.ClientSession(url) as client,
+        ):
+            talker = await Talker.begin(client)
+            ages.append(talker.ready["age"])
+            await talker.speak(*[voice(0.1)] * 4)
+            await talker.replies(3)
+            server.send_signal(signal.SIGINT)
+            await talker.rest()
+            assert await server.wait() == 0
+    assert ages == [0, pytest.approx(4 * 0.08)]
+
+
+def test_a_talk_that_cannot_be_resumed_stops_the_start(tmp_path, capsys):
+    (tmp_path / "monday.session").write_text("junk")
+    flags = ["--model", "demo", "--sessions-dir", str(tmp_path), "--session", "monday"]
+    assert main(["serve", *flags]) == 2
+    assert "--session monday: it cannot be resumed" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
 @async_test
 async def test_other_devices_need_the_token_and_get_tls(tmp_path):
@@ -123,6 +149,8 @@ def test_a_port_that_is_taken_is_one_line(capsys):
         (["--ssl-cert", "cert.pem"], "go together"),
         (["--ssl", "no-such-folder"], "cannot use no-such-folder/cert.pem"),
         (["--model", "demo", "--context", "101"], "context must be 1..100"),
+        (["--session", "monday", "--max-sessions", "2"], "goes with --max-sessions 1"),
+        (["--session", "./monday"], "expected a session's name"),
     ],
 )
 def test_bad_flags_are_one_line(capsys, flags, said):

@@ -111,6 +111,48 @@ async def test_a_saved_talk_goes_on_as_if_never_interrupted(tmp_path):
 
 
 @async_test
+async def test_every_start_goes_on_with_the_talk_that_the_server_was_given(tmp_path):
+    models, pcm = Models("demo"), frames(24)
+    async with serving(tmp_path, models, usual="monday") as client:
+        assert (await (await client.get("/api/info")).json())["session"] == "monday"
+        talker = await Talker.begin(client, settings={"seed": 7})
+        assert (talker.ready["session"], talker.ready["resumed"]) == ("monday", False)
+        await in_pieces(talker, pcm[:12])
+        await talker.ask("end")
+        await talker.rest()
+        again = await Talker.begin(client, settings={"seed": 9})
+        assert again.ready["resumed"] and again.ready["age"] == 0.96
+        assert again.ready["settings"]["seed"] == 7
+        await in_pieces(again, pcm[12:], behind=0)
+        want, _, _ = await models.direct(client, pcm, seed=7)
+        np.testing.assert_array_equal([*talker.frames, *again.frames], want)
+        await again.ask("end")
+        await again.rest()
+        file = tmp_path / "monday.session"
+        file.write_bytes(file.read_bytes()[:-10])
+        refused = await Talker.connect(client)
+        assert "'monday' cannot be resumed" in (await refused.rest())["reason"]
+        assert file.exists()
+
+
+@async_test
+async def test_a_talk_that_goes_on_is_neither_taken_up_nor_replaced_by_another(tmp_path):
+    async with serving(tmp_path, Models("demo"), sessions=3) as client:
+        talker, other = await Talker.begin(client), await Talker.begin(client)
+        await talker.ask("save", session="monday")
+        await talker.hears("saved")
+        second = await Talker.connect(client, session="monday")
+        assert "is going on already" in (await second.rest())["reason"]
+        await other.ask("save", session="monday", replace=True)
+        assert "is going on elsewhere" in (await other.hears("error"))["message"]
+        await talker.ask("end")
+        await talker.rest()
+        pair = [await Talker.connect(client, session="monday") for _ in range(2)]
+        firsts = [(await one.read())["type"] for one in pair]
+        assert sorted(firsts) == ["ended", "ready"]
+
+
+@async_test
 async def test_a_dropped_connection_loses_no_step_of_the_talk(tmp_path):
     models, pcm = Models("demo"), frames(16)
     async with serving(tmp_path, models) as client:

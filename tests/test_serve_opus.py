@@ -134,6 +134,17 @@ async def test_waiting_comes_before_the_handshake_and_leaving_ends_the_talk(tmp_
 
 
 @async_test
+async def test_their_talk_is_kept_where_the_server_was_given_one(tmp_path):
+    async with serving(tmp_path, usual="monday") as client:
+        chat = await ChatClient.connect(client)
+        await chat.speak(TONE[: 4 * 1920])
+        await chat.until(lambda: len(chat.sound))
+        await chat.socket.close()
+        while not (tmp_path / "monday.session").exists():
+            await asyncio.sleep(0.01)
+
+
+@async_test
 async def test_what_comes_while_waiting_is_not_lost_to_the_decoder(tmp_path):
     async with serving(tmp_path) as client:
         first = await Talker.begin(client)

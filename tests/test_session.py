@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 
 import mlx.core as mx
 import numpy as np
@@ -222,6 +224,37 @@ def test_a_failed_save_keeps_the_old_file(model, tmp_path, monkeypatch):
         session.save(path)
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["talk"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Makes a disk of so many bytes, where one may."""
+    folder = tmp_path / "disk"
+
+    def mount(size):
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("may not mount a disk")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_full_is_named_and_the_older_talk_stays(model, tmp_path, small_disk):
+    session = Session(model)
+    talk(session, sound(2))
+    session.save(tmp_path / "talk")
+    disk = small_disk((tmp_path / "talk").stat().st_size * 3 // 2)
+    session.save(disk / "talk")
+    old = (disk / "talk").read_bytes()
+    talk(session, sound(1))
+    with pytest.raises(UserError, match="the disk is full"):
+        session.save(disk / "talk")
+    assert (disk / "talk").read_bytes() == old and os.listdir(disk) == ["talk"]
+    talk(session, sound(1))
 
 
 def test_a_folder_that_is_not_there(model, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import UserError
-from ..session_store import SessionStore
+from ..session_store import ENDING, SessionStore
 from .common import (
     DEMO_NOTE,
     add_model_arguments,
@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ssl-cert", metavar="FILE", help="certificate chain, with --ssl-key")
     group.add_argument("--ssl-key", metavar="FILE")
     group.add_argument("--max-sessions", type=int, default=1, metavar="N", help="talks at a time")
+    group.add_argument(
+        "--session",
+        metavar="NAME",
+        help="the talk that every start goes on with, saved when it ends; needs --max-sessions 1",
+    )
     group.add_argument(
         "--sessions-dir", metavar="DIR", help="saved talks (default: where `sessions` looks)"
     )
@@ -66,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--max-sessions is 1 or more, --record-minutes 0 or more")
     if not 0 < args.port < 1 << 16:
         raise UserError(f"--port is 1..65535, got {args.port}")
+    if args.session is not None:
+        args.session = _usual(args)
     token = choose_token(args.host, args.token)
     context = _ssl_context(args)
     limits = Limits(sessions=args.max_sessions, record_minutes=args.record_minutes)
@@ -87,6 +94,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _usual(args: argparse.Namespace) -> str:
+    """The name in `--session`, which is a talk that can be resumed, or none yet."""
+    if args.max_sessions != 1:
+        raise UserError("--session is one talk: it goes with --max-sessions 1")
+    store = SessionStore(args.sessions_dir)
+    path = store.path(args.session)
+    if os.path.lexists(path) and (fault := store.info(args.session).fault):
+        raise UserError(f"--session {args.session}: it cannot be resumed: {fault}")
+    return path.name.removesuffix(ENDING)
+
+
 def _load(args: argparse.Namespace, guard, limits):
     """The application, with its model loaded on the model's own thread."""
     from ..serve.app import Server
@@ -97,6 +115,7 @@ def _load(args: argparse.Namespace, guard, limits):
     from ..user_words import Dialogue
 
     console, defaults, thread = Console(stderr=True), talk_settings(args), ModelThread()
+    store = SessionStore(args.sessions_dir)
 
     def load():
         model, listener = load_model(args, console), load_user_stt(args, console)
@@ -108,7 +127,8 @@ def _load(args: argparse.Namespace, guard, limits):
             return session
 
         # Begun and thrown away: bad flags show now, and the first client waits less.
-        open_session(defaults, None)
+        usual = args.session and store.path(args.session)
+        open_session(defaults, usual if usual and usual.exists() else None)
         return open_session, model.fingerprint, describe(model, listener, defaults, limits)
 
     try:
@@ -120,7 +140,7 @@ def _load(args: argparse.Namespace, guard, limits):
     except BaseException:
         thread.close()
         raise
-    shelf = Shelf(SessionStore(args.sessions_dir), fingerprint)
+    shelf = Shelf(store, fingerprint, args.session)
     return Server(info, defaults, guard, limits).app(thread, open_session, shelf)
 
 

@@ -86,7 +86,8 @@ class Server:
         return web.FileResponse(STATIC / "index.html")
 
     async def _get_info(self, request: web.Request) -> web.Response:
-        return web.json_response(self._info | {"needs_token": self._guard.needs_token})
+        of_server = {"session": self._talks.shelf.usual, "needs_token": self._guard.needs_token}
+        return web.json_response(self._info | of_server)
 
     async def _sessions(self, request: web.Request) -> web.Response:
         self._check_token(request)

@@ -191,7 +191,7 @@ class Link:
             self._outbox.close(f"the talk could not begin: {error}", code=INTERNAL)
             return
         self._can_return = key is not None
-        self._outbox.put(_ready(talk, resumed=key is not None or talk.name is not None))
+        self._outbox.put(_ready(talk, resumed=key is not None or talk.age > 0))
         talk.attach(self._outbox)
         self._talk = talk
 

@@ -1,5 +1,6 @@
 """Saved talks as a client sees them: names in one folder, for the model that is served."""
 
+import os
 import time
 from pathlib import Path
 
@@ -13,10 +14,15 @@ class Shelf:
     Args:
         store: the folder.
         fingerprint: of the model that is served; it cannot go on with another's talks.
+        usual: the talk that is meant where none is named, there yet or not; None: a new one.
     """
 
-    def __init__(self, store: SessionStore, fingerprint: str):
-        self._store, self._fingerprint = store, fingerprint
+    def __init__(self, store: SessionStore, fingerprint: str, usual: str | None = None):
+        self._store, self._fingerprint, self.usual = store, fingerprint, usual
+
+    def is_there(self, name: str) -> bool:
+        """Whether something has this name, be it damaged."""
+        return os.path.lexists(self._store.path(name))
 
     def find(self, name: object) -> Path:
         """The file of a saved talk.

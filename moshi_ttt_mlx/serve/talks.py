@@ -52,24 +52,52 @@ class Talks:
         self._talks: dict[str, ServedTalk] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task] = set()
+        # One after another: of two beginnings of one talk the second must see the first.
+        self._opening = asyncio.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="moshi-ttt-mlx-")
 
     # -- beginning
 
     async def begin(self, settings: dict, name: str | None, on_position: OnPosition) -> ServedTalk:
-        """Wait for a place and open a session: a new one, or the saved talk `name`.
+        """Wait for a place and open a session: the saved talk `name`, the usual one, or a new one.
 
         Raises:
-            UserError: no such talk, settings that cannot be, too many wait, the server stops.
+            UserError: no such talk, it is going on already, settings that cannot be, too many wait,
+                the server stops.
         """
-        path = None if name is None else await _aside(self.shelf.find, name)
+        if name is not None:
+            await _aside(self.shelf.find, name)  # what is not there is not worth waiting for
         await self._places.take(on_position)
         try:
-            session = await self._on_model(lambda: self._open_session(settings, path))
+            async with self._opening:
+                name, path = await self._choose(name)
+                session = await self._on_model(lambda: self._open_session(settings, path))
+                return self._register(session, name)
         except BaseException:  # a client that left in between is a CancelledError
             self._places.give_back()
             raise
-        return self._register(session, path and name_of(path))
+
+    async def _choose(self, name: str | None) -> tuple[str | None, Path | None]:
+        """The name of the talk to begin, and its file, each None where there is none."""
+        if name is None:
+            usual = self.shelf.usual
+            if usual is None or not await _aside(self.shelf.is_there, usual):
+                return usual, None
+            name = usual
+        path = await _aside(self.shelf.find, name)
+        name = name_of(path)
+        if self._is_on(name):
+            raise UserError(
+                f"the talk {name!r} is going on already: end it there, or wait a minute if it was left"
+            )
+        return name, path
+
+    def _is_on(self, name: str, but: ServedTalk | None = None) -> bool:
+        """Whether a talk of this name goes on: a second one would overwrite it when it ends."""
+        return any(
+            talk.name == name and talk is not but and not talk.ended
+            for talk in self._talks.values()
+        )
 
     def _register(self, session: "Session", name: str | None) -> ServedTalk:
         key = secrets.token_urlsafe(16)
@@ -115,6 +143,8 @@ class Talks:
         """
         path = await _aside(self.shelf.room, name)
         name = name_of(path)
+        if self._is_on(name, but=talk):
+            raise UserError(f"the talk {name!r} is going on elsewhere: choose another name")
 
         def write() -> None:
             # On the model thread, where no other talk can save in between.
@@ -179,12 +209,16 @@ class Talks:
         try:
             name = await self.save(talk, talk.name)
         except UserError as error:
-            return f"{reason}; {error}"
+            fault = str(error)
         except Exception as error:  # whatever it was, the talk must end and its client hear of it
             _log.exception("a talk could not be saved at its end")
-            return f"{reason}; it could not be saved: {error}"
-        talk.emit({"type": "saved", "session": name})
-        return reason
+            fault = f"it could not be saved: {error}"
+        else:
+            talk.emit({"type": "saved", "session": name})
+            return reason
+        # A client that asked for the end may take its reason for known.
+        talk.emit({"type": "error", "message": fault})
+        return f"{reason}; {fault}"
 
     def _failed(self, talk: ServedTalk, reason: str) -> None:
         # Unsaved: a broken state must not replace a whole one.

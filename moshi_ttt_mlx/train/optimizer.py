@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx import optimizers
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from ..trees import under
 from .segments import Params
 
-BETAS = [0.9, 0.95]  # moshi-finetune's
+BETAS = (0.9, 0.95)  # moshi-finetune's
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class Optimizer:
         schedule: share of it by step.
         clip: largest norm of the gradient of all groups together.
         weight_decay: decoupled, times the rate.
+        gate_speed: rate of a memory's gates over that of its group. They start at 0, and nothing
+            behind them has a gradient before they open.
+        betas: decay of both moments.
     """
 
     def __init__(
@@ -56,10 +59,13 @@ class Optimizer:
         schedule: Schedule,
         clip: float = 1.0,
         weight_decay: float = 0.0,
+        gate_speed: float = 1.0,
+        betas: tuple[float, float] = BETAS,
     ):
         self.rates, self.schedule, self.clip, self.step = dict(rates), schedule, clip, 0
+        self.gate_speed = gate_speed
         self._adam = {
-            group: optimizers.AdamW(0.0, BETAS, weight_decay=weight_decay, bias_correction=True)
+            group: optimizers.AdamW(0.0, list(betas), weight_decay=weight_decay, bias_correction=True)
             for group in rates
         }
 
@@ -78,8 +84,14 @@ class Optimizer:
         for group, adam in self._adam.items():
             adam.learning_rate = self.rates[group] * self.schedule.share(step)
             clipped = tree_map(lambda g: g * scale, grads[group])
-            new[group] = adam.apply_gradients(clipped, params[group])
+            moved = adam.apply_gradients(clipped, params[group])
+            new[group] = tree_map_with_path(self._hurried, moved, params[group])
         return new, norm
+
+    def _hurried(self, path: str, new: mx.array, old: mx.array) -> mx.array:
+        # A step of AdamW is proportional to its rate.
+        is_gate = path.rpartition(".")[2] == "gate"
+        return old + self.gate_speed * (new - old) if is_gate and self.gate_speed != 1 else new
 
     def arrays(self) -> dict[str, mx.array]:
         """The moments by flat name; `step` is the caller's to keep."""

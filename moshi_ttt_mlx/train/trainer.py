@@ -46,6 +46,7 @@ class Settings:
         warmup: updates until they are reached.
         clip: largest norm of the gradient.
         weight_decay: decoupled, times the rate.
+        gate_speed: rate of the gates over `memory_rate`, see `Optimizer`.
         text_padding, first_codebook: see `loss.LossWeights`.
         recompute: layers again in the backward pass, rather than their inner results in memory.
         seed: of the memory's first weights and of the order of talks.
@@ -63,6 +64,7 @@ class Settings:
     warmup: int = 50
     clip: float = 1.0
     weight_decay: float = 0.01
+    gate_speed: float = 10.0
     text_padding: float = 0.5
     first_codebook: float = 100.0
     recompute: bool = True
@@ -72,7 +74,7 @@ class Settings:
         for name in ("steps", "batch", "segment"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("memory_rate", "base_rate", "clip"):
+        for name in ("memory_rate", "base_rate", "clip", "gate_speed"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.window is not None and not 0 <= self.sinks < self.window:
@@ -156,6 +158,7 @@ class Trainer:
             Schedule(settings.steps, settings.warmup),
             settings.clip,
             settings.weight_decay,
+            settings.gate_speed,
         )
         self.params = learner.parameters()
         self._passes = settings.batch // (settings.micro_batch or settings.batch)

@@ -39,6 +39,7 @@ INFO = {
         "context": 3000,
         "memory": "on",
     },
+    "session": None,
     "needs_token": False,
 }
 
@@ -95,7 +96,7 @@ class FakeServer:
 
     Attributes for tests: `talks` by key, `first_messages`, `info` (the answer of /api/info), `deaf` (no
     connection is taken), `places` (0: all are taken), `refusal` (why no talk begins), `quiet` (says
-    nothing by itself but sound).
+    nothing by itself but sound), `farewell` (a message before the end that was asked for).
     """
 
     _numbers: ClassVar = itertools.count(1)
@@ -105,7 +106,7 @@ class FakeServer:
         self.info = {**INFO}
         self.talks, self.saved, self.first_messages = {}, {}, []
         self.sockets, self.deaf, self.places, self.quiet = {}, False, 1, False
-        self.refusal = None
+        self.refusal = self.farewell = None
 
     def __enter__(self):
         started = threading.Event()
@@ -255,5 +256,7 @@ class FakeServer:
             talk.mode = request["mode"]
             await socket.send_json({"type": "memory", "mode": talk.mode})
         elif kind == "end":
+            if self.farewell:
+                await socket.send_json(self.farewell)
             await socket.send_json({"type": "ended", "reason": "you ended it", "again": False})
         return kind == "end"

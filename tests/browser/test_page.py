@@ -199,6 +199,36 @@ def test_save_and_resume(page, server):
     expect(page.locator("#notice")).to_contain_text("Été 1. ü")
 
 
+def test_a_server_that_was_given_a_talk_says_so(open_page, server):
+    page = open_page(server.url)
+    expect(page.locator("#welcome-session")).to_be_hidden()
+    server.info["session"] = "<b>monday</b>"
+    page = open_page(server.url)
+    expect(page.locator("#welcome-session")).to_contain_text("This talk is “<b>monday</b>”")
+    start(page)
+    page.click("#end")
+    expect_state(page, "Ended")
+    expect(page.locator("#start")).to_have_text("Go on")
+
+
+@pytest.mark.parametrize(
+    ("farewell", "title"),
+    [
+        ({"type": "saved", "session": "monday"}, "Saved"),
+        ({"type": "error", "message": "the disk is full"}, "That did not work"),
+    ],
+)
+def test_how_the_last_save_went_is_shown_after_the_end(page, server, farewell, title):
+    server.farewell = farewell
+    start(page)
+    page.click("#end")
+    expect_state(page, "Ended")
+    assert notice(page) == title
+    page.click("#start")  # the next talk is not to blame
+    expect_state(page, "Talking")
+    expect(page.locator("#notice")).to_be_hidden()
+
+
 def test_another_talks_name_needs_a_second_thought(page, server):
     start(page)
     server.saved["taken"] = server.talk

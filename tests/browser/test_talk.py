@@ -183,7 +183,7 @@ def test_save_restart_resume(open_page, serve):
     page.fill("#save-name", "over night")
     page.click("#save-dialog [type=submit]")
     expect(page.locator("#notice")).to_contain_text("over night")
-    before, words = age(page), shown_words(page)
+    before, words, tokens = age(page), shown_words(page), page.inner_text("#tokens")
     page.click("#end")
     expect_state(page, "Ended")
     first.stop()
@@ -197,6 +197,20 @@ def test_save_restart_resume(open_page, serve):
     # The last word may have grown.
     assert shown_words(page)[: len(words) - 1] == words[:-1]
     assert len(shown_words(page)) > len(words)
+    # A new memory would have taken in nothing yet: its window is longer than what came since.
+    assert int(page.inner_text("#tokens")) >= int(tokens) > 0
+
+
+def test_the_talk_that_the_server_was_given_goes_on_with_start(open_page, serve):
+    page = open_page(serve("--session", "over night").url)
+    start(page)
+    wait_for(page, lambda: age(page) >= 3)
+    page.click("#end")
+    expect_state(page, "Ended")
+    words = shown_words(page)
+    start(page)
+    wait_for(page, lambda: age(page) >= 4)
+    assert shown_words(page)[: len(words) - 1] == words[:-1]  # the last one may have grown
 
 
 def test_a_second_tab_waits_for_the_first(open_page, model_server):

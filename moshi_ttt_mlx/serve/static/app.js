@@ -83,6 +83,10 @@ function useInfo() {
   $('voice-moshi').hidden = !info.speaks;
   $('welcome-words').hidden = !info.speaks || Boolean(info.user_stt);
   if (!info.speaks) $('welcome-text').textContent = 'This model writes down what you say.';
+  $('welcome-session').hidden = !info.session;
+  $('welcome-session').textContent =
+    `This talk is “${info.session}”: it goes on where it stopped, with the settings it was begun with, ` +
+    'and is saved when it ends.';
   settings.useInfo(info);
   memory.useInfo(info);
   setState(state);
@@ -177,7 +181,7 @@ function ended() {
   sound.mute(false);
   keep(thisTab, 'moshi-talk', null);
   saved.refresh(token);
-  if (talk.asked) return notice.hide();
+  if (talk.asked) return; // what is shown now is how the last save went
   const { key, text, again } = talk.reason;
   const last = talk.key;
   const action = again ? { label: 'Take it up again', act: () => begin({ resume: last }) } : null;
@@ -197,7 +201,7 @@ function pressStart() {
   if (OVER.has(state)) begin({ settings: settings.talk });
   else if (state === 'talking') talk.pause();
   else if (state === 'paused') talk.goOn();
-  else if (state === 'connecting' || state === 'waiting') talk.end();
+  else if (state === 'connecting' || state === 'waiting') end();
 }
 
 function pressMute() {
@@ -213,7 +217,12 @@ function pressSave() {
 }
 
 function pressEnd() {
-  if (!$('end').disabled) talk.end();
+  if (!$('end').disabled) end();
+}
+
+function end() {
+  notice.hide();
+  talk.end();
 }
 
 async function changeDevice(name) {
@@ -251,7 +260,7 @@ function setState(now) {
   const isOn = now === 'talking' || now === 'paused';
   $('state-pill').dataset.state = now;
   if ($('state').textContent !== says) $('state').textContent = says;
-  $('start-label').textContent = label;
+  $('start-label').textContent = now === 'ended' && info?.session ? 'Go on' : label;
   $('start-icon').setAttribute('href', `#i-${icon}`);
   $('start').disabled = now === 'asking' || now === 'lost' || !info;
   $('mute').disabled = $('save').disabled = !isOn;
