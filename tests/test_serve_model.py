@@ -350,7 +350,8 @@ def test_what_a_model_is_said_to_be():
 def test_the_documented_info_is_the_info():
     example = json.loads(DOCS.read_text().split("```json\n")[1].split("```")[0])
     settings = dict.fromkeys(example["defaults"])
-    info = describe(load("demo"), None, settings, Limits()) | {"needs_token": False}
+    info = describe(load("demo"), None, settings, Limits())
+    info |= {"session": None, "needs_token": False}
     assert info.keys() == example.keys()
     assert info["limits"] == example["limits"]
     assert info["defaults"].keys() == example["defaults"].keys()
