@@ -84,6 +84,37 @@ def test_a_loud_queue_is_bounded(page):
     assert size == calm
 
 
+# 125 Hz: a period fits. 45 Hz: none does, so that only the blending is left against a step.
+@pytest.mark.parametrize("pitch", [125, 45])
+def test_a_voice_without_a_pause_catches_up_slowly(page, pitch):
+    calm, size, gaps, skipped, gone, *out = run(
+        page,
+        """const queue = new JitterBuffer();
+        let n = 0;
+        const tone = () => new Float32Array(1920).map(() => 0.5 * Math.sin(PHASE * n++));
+        for (let i = 0; i < 7; i++) queue.push(tone());
+        const before = queue.size;
+        const out = [];
+        for (let i = 0; i < 250; i++) {
+          queue.push(tone());
+          for (let part = 0; part < 15; part++) out.push(...pull(queue, 128));
+        }
+        const gone = before - queue.size;
+        return [CALM, queue.size, queue.gaps, queue.skipped, gone, ...out];""".replace(
+            "PHASE", str(2 * np.pi * pitch / RATE)
+        ),
+    )
+    sound, slope = np.array(out[2880:]), 0.5 * 2 * np.pi * pitch / RATE
+    assert gaps == 0 and skipped == gone
+    assert size < calm + FRAME
+    assert np.abs(np.diff(sound)).max() < 2 * slope
+    peak = np.argmax(np.abs(np.fft.rfft(sound))) * RATE / len(sound)
+    assert peak == pytest.approx(pitch, rel=0.01)
+    if pitch == 125:  # and as loud: it does not cancel itself
+        loudness = np.sqrt((sound[: len(sound) // 192 * 192].reshape(-1, 192) ** 2).mean(axis=1))
+        assert loudness.min() > 0.9 * loudness.max()
+
+
 @pytest.mark.parametrize("rate", [8000, 16000, 24000, 44100, 48000, 96000])
 def test_the_resampler_keeps_a_tone_and_its_pace(page, rate):
     tone = 1000
