@@ -139,18 +139,21 @@ class _Row:
         self.known[key] = value, place + 1
         return place + 2
 
-    def ask(self, place: int, key: int, far: bool = False) -> int:
+    def ask(self, place: int, key: int) -> int:
+        self.inputs[place] = self.world.ask
+        self.expect(place + 1, key)
+        # The answer tells the fact again.
+        return self.tell(place + 1, key, self.known[key][0])
+
+    def expect(self, place: int, key: int) -> None:
+        """The next token after the one at `place`, which is the key, is a question's answer."""
         value, told = self.known[key]
-        answer = self.world.value(value)
-        self.inputs[place : place + 3] = self.world.ask, self.world.key(key), answer
-        self.targets[place + 1], self.distances[place + 1] = answer, place + 1 - told
-        self.far[place + 1] = far
-        self.known[key] = value, place + 2  # the answer tells it again
-        return place + 3
+        self.targets[place], self.distances[place] = self.world.value(value), place - told
 
     def put(self, event: Event) -> int:
         if event.value is None:
-            return self.ask(event.place, event.key, far=True)
+            self.far[event.place + 1] = True
+            return self.ask(event.place, event.key)
         return self.tell(event.place, event.key, event.value)
 
     def chat(self, mix: Mix, keys: Sequence[int], events: Iterable[Event] = ()) -> None:
@@ -181,22 +184,18 @@ class _Row:
     def deck(self) -> None:
         """Decks of facts, each told twice in a new order; the second time is a question."""
         place, rng = 0, self.rng
-        while place < self.tokens - 1:
+        while True:
             facts = rng.sample(range(self.world.keys), rng.randint(3, 7))
             for again in (False, True):
                 rng.shuffle(facts)
                 for key in facts:
-                    if place > self.tokens - 2:
+                    if place + 2 > self.tokens:
                         return
-                    value, told = self.known.get(key, (0, 0)) if again else self._new()
-                    self.tell(place, key, value)
+                    value = rng.randrange(self.world.values)
                     if again:
-                        self.targets[place] = self.world.value(value)
-                        self.distances[place] = place - told
-                    place += 2
-
-    def _new(self) -> tuple[int, int]:
-        return self.rng.randrange(self.world.values), 0
+                        self.expect(place, key)
+                        value = self.known[key][0]
+                    place = self.tell(place, key, value)
 
 
 def _stacked(rows: Sequence[_Row], told: int = 0) -> Talks:

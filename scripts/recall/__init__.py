@@ -1,0 +1,1 @@
+"""What the recall experiments share: training, the rival, tables."""
