@@ -16,6 +16,7 @@ from fake_talk import voice
 from serve_client import Talker, async_test
 
 from moshi_ttt_mlx.cli import main
+from moshi_ttt_mlx.cli.serve import _own_address
 from moshi_ttt_mlx.session_store import SessionStore
 
 
@@ -104,6 +105,14 @@ def test_a_talk_that_cannot_be_resumed_stops_the_start(tmp_path, capsys):
     assert "--session monday: it cannot be resumed" in capsys.readouterr().err
 
 
+def test_a_machine_without_a_network_has_no_address_in_it(monkeypatch):
+    def connect(self, address):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    assert _own_address() is None
+
+
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
 @async_test
 async def test_other_devices_need_the_token_and_get_tls(tmp_path):
@@ -115,6 +124,9 @@ async def test_other_devices_need_the_token_and_get_tls(tmp_path):
     async with started(*flags) as (server, url):
         page, _, token = url.partition("#token=")
         assert page.startswith("https://localhost:") and len(token) >= 20
+        if own := _own_address():
+            line = (await server.stdout.readline()).decode()
+            assert line == f"on other devices: {url.replace('localhost', own)}\n"
         connector = aiohttp.TCPConnector(ssl=trust)
         async with aiohttp.ClientSession(page, connector=connector) as client:
             assert (await client.get("/api/sessions")).status == 403

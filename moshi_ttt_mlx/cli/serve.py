@@ -6,6 +6,7 @@ browsers give a microphone to encrypted pages only. Ctrl-C ends all talks; docs/
 
 import argparse
 import os
+import socket
 import ssl
 import sys
 import webbrowser
@@ -161,17 +162,27 @@ def _ssl_context(args: argparse.Namespace) -> ssl.SSLContext | None:
     return context
 
 
-def _address(args: argparse.Namespace, token: str | None, secure: bool) -> str:
-    host = "localhost" if args.host in _ANY else args.host
+def _address(host: str, args: argparse.Namespace, token: str | None, secure: bool) -> str:
     host = f"[{host}]" if ":" in host else host
     fragment = f"#token={token}" if token else ""
     return f"http{'s' if secure else ''}://{host}:{args.port}/{fragment}"
 
 
+def _own_address() -> str | None:
+    """This machine's address in its network, as other devices see it; None without a network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # chooses a way there and sends nothing
+        except OSError:
+            return None
+        return probe.getsockname()[0]
+
+
 def _greet(args: argparse.Namespace, token: str | None, secure: bool) -> None:
     from ..serve.guard import is_loopback
 
-    address = _address(args, token, secure)
+    everywhere = args.host in _ANY
+    address = _address("localhost" if everywhere else args.host, args, token, secure)
     note = Console(stderr=True, highlight=False)
     if args.hf_repo == "demo":
         note.print(DEMO_NOTE, style="yellow")
@@ -179,5 +190,7 @@ def _greet(args: argparse.Namespace, token: str | None, secure: bool) -> None:
         warning = "without --ssl browsers on other devices give no microphone, and all is readable"
         note.print(warning, style="yellow")
     print(f"talk at {address} (Ctrl-C ends)", flush=True)
+    if everywhere and (own := _own_address()):
+        print(f"on other devices: {_address(own, args, token, secure)}", flush=True)
     if not args.no_browser and sys.stdout.isatty() and is_loopback(args.host):
         webbrowser.open(address)
