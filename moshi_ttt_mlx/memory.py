@@ -44,7 +44,7 @@ class MemoryConfig:
         hidden: `F` of the inner MLP.
         mini_batch: `C`, tokens between two changes of the inner weights.
         base_lr: the learned rate is `base_lr * sigmoid(x . w + b) / f`, and begins at a tenth of
-            `base_lr / f`. Default: `0.1 f`.
+            `base_lr / f`. Default: `0.05 f`.
         conv: width of the causal convolution in front of queries and keys; 1 is none.
         slots: probes of the `slots` read.
         window: keys attention sees beside the memory; None keeps the talk's own setting.
@@ -58,9 +58,9 @@ class MemoryConfig:
     placement: Placement = "cache"
     read: Literal["query", "slots"] = "query"
     inner: Literal["mlp", "linear"] = "mlp"
-    heads: int = 4
-    head_dim: int = 32
-    hidden: int = 64
+    heads: int = 2
+    head_dim: int = 64
+    hidden: int = 128
     mini_batch: int = 16
     base_lr: float | None = None
     conv: int = 4
@@ -504,7 +504,7 @@ class TTTMemory(nn.Module):
 
     def _learned_rate(self, xs: mx.array) -> mx.array:
         f = self._config.head_dim
-        base = 4 * math.sqrt(f) if self._config.base_lr is None else self._config.base_lr
+        base = 0.05 * f if self._config.base_lr is None else self._config.base_lr
         return base / f * mx.sigmoid(_affine(self.rate, xs)).swapaxes(1, 2)
 
     def _learned_decay(self, xs: mx.array) -> mx.array | None:

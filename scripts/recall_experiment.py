@@ -77,9 +77,9 @@ VARIANTS = {
     "after": Variant(replace(DEFAULT, placement="after")),
     "replace": Variant(replace(DEFAULT, placement="replace")),
     "forgetting": Variant(replace(DEFAULT, forget="init")),
-    # 4 heads of 64 have the state of 4 heads of 32 with a hidden width of 64: 16 thousand floats.
-    "TTT-Linear": Variant(replace(DEFAULT, inner="linear", head_dim=64)),
-    "gated delta": Variant(replace(DEFAULT, head_dim=64, base_lr=64.0, forget="zero"), rival=True),
+    # 8 heads of 64 have as large a state as 2 heads of 64 with a hidden width of 128.
+    "TTT-Linear": Variant(replace(DEFAULT, inner="linear", heads=8)),
+    "gated delta": Variant(replace(DEFAULT, heads=8, base_lr=64.0, forget="zero"), rival=True),
     "random start": Variant(DEFAULT, inherit=False),
 }
 
@@ -99,13 +99,18 @@ def put_memory(lm: Lm, variant: Variant) -> None:
 # -- measuring ----------------------------------------------------------------------------------
 
 
+def in_window(some: Talks) -> np.ndarray:
+    """Questions whose fact attention still sees: bool `[B, T]`."""
+    return (some.targets >= 0) & (some.distances < WINDOW)
+
+
 def measure(lm: Lm, seed: int, budget: Budget) -> dict:
     """All that the table says about one model with its memory."""
 
     def ask(distance, variant="plain", rows=budget.probes, **how) -> tuple[float, float]:
         """Share of right answers at the distance, and of those inside the window."""
         some = probe(random.Random(77 + seed), WORLD, rows, distance, variant)
-        right, near = answers(lm, some, WINDOW, **how), (some.targets >= 0) & ~some.far
+        right, near = answers(lm, some, WINDOW, **how), in_window(some)
         return float(right[some.far].mean()), float(right[near].mean()) if near.any() else 1.0
 
     plain = {name: ask(distance) for name, distance in DISTANCES.items()}
@@ -136,7 +141,7 @@ def measure_spoken(lm: Lm, seed: int, budget: Budget) -> dict:
     near, near_off, silent = [], [], []
     for name, distance in DISTANCES.items():
         some = probe(random.Random(77 + seed), WORLD, budget.probes // 2, distance)
-        close = (some.targets >= 0) & ~some.far
+        close = in_window(some)
         on = talk_answers(lm, some, WORLD, WINDOW)
         off = talk_answers(lm, some, WORLD, WINDOW, mode="off")
         found["recall"][name] = float(on.text[some.far].mean())

@@ -65,7 +65,9 @@ class Optimizer:
         self.rates, self.schedule, self.clip, self.step = dict(rates), schedule, clip, 0
         self.gate_speed = gate_speed
         self._adam = {
-            group: optimizers.AdamW(0.0, list(betas), weight_decay=weight_decay, bias_correction=True)
+            group: optimizers.AdamW(
+                0.0, list(betas), weight_decay=weight_decay, bias_correction=True
+            )
             for group in rates
         }
 

@@ -5,6 +5,7 @@ that MOSHI_TTT_SCREENSHOTS names.
 """
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,9 @@ def test_meters_and_memory_show_the_servers_numbers(page, server):
     expect(page.locator("#frame")).to_have_text("31 of 80 ms")
     expect(page.locator("#dropped")).to_have_text("3")
     expect(page.locator("#updates")).to_have_text("4")
+    expect(page.locator("#step")).to_have_text("0.002")
+    expect(page.locator("#drift")).to_have_text(re.compile(r"0\.0\d+"))
+    assert page.evaluate("document.getElementById('window-fill').value") > 0
     expect(page.locator("#memory-mode")).to_have_text("learning")
     expect(page.locator("#window-value")).to_contain_text("of 3,000 frames")
     page.check("[name=mode][value=frozen]", force=True)  # the radio lies under its label
