@@ -139,6 +139,77 @@ def to_float64(*modules):
         module.update(tree_map(lambda a: a.astype(mx.float64), module.parameters()))
 
 
+# -- where it starts -------------------------------------------------------------------------------
+
+
+def attention_of(model):
+    attention = model.transformer.layers[1].self_attn
+    return np.array(attention.in_proj.weight), np.array(attention.out_proj.weight)
+
+
+def started(model, **fields):
+    """An untrained memory of 4 heads beside attention's 2 of width 16, as arrays."""
+    config = replace(BASE, **({"heads": 4, "head_dim": 16} | fields))
+    memory = add_memory(model, config).memories[1]
+    return {name: np.array(array) for name, array in tree_flatten(memory.parameters())}
+
+
+@pytest.mark.parametrize("read", ["query", "slots"])
+def test_it_files_and_asks_as_the_attention_beside_it(read):
+    """Turned keys and queries have attention's inner products, head by head."""
+    model = build()
+    found = started(model, read=read)
+    queries, keys, _ = (x.reshape(2, 16, 32) for x in np.split(attention_of(model)[0], 3))
+    turned = found["k_proj.weight"].reshape(4, 16, 32)
+    for j in range(4):
+        np.testing.assert_allclose(turned[j].T @ turned[j], keys[j % 2].T @ keys[j % 2], atol=1e-5)
+        if read == "query":
+            asks = found["q_proj.weight"].reshape(4, 16, 32)[j]
+            np.testing.assert_allclose(
+                asks.T @ turned[j], queries[j % 2].T @ keys[j % 2], atol=1e-5
+            )
+    assert np.abs(turned[0] - turned[2]).max() > 0.01  # each in a way of its own
+
+
+def test_what_it_recalls_passes_through_attentions_own_maps():
+    model = build()
+    (_, keys, values), out = np.split(attention_of(model)[0], 3), attention_of(model)[1]
+    for fields in ({"placement": "cache"}, {"placement": "after"}):
+        model = build()
+        found = started(model, **fields)
+        files = found["v_proj.weight"]
+        if fields["placement"] == "cache":
+            np.testing.assert_allclose(found["key_proj.weight"] @ files, keys, atol=1e-5)
+            np.testing.assert_allclose(found["value_proj.weight"] @ files, values, atol=1e-5)
+        else:
+            np.testing.assert_allclose(found["out_proj.weight"] @ files, out @ values, atol=1e-5)
+
+
+def test_a_memory_narrower_than_the_model_recalls_a_projection():
+    model = build()
+    found = started(model, heads=2, head_dim=8)
+    files = found["v_proj.weight"]
+    np.testing.assert_allclose(files @ files.T, np.eye(16), atol=1e-5)
+    values = np.split(attention_of(model)[0], 3)[2]
+    np.testing.assert_allclose(found["value_proj.weight"], values @ files.T, atol=1e-5)
+
+
+def test_it_starts_from_a_quantized_attention_too():
+    model = build()
+    nn.quantize(model, 32, 8, class_predicate=lambda path, _: path.endswith("in_proj"))
+    mx.random.seed(0)
+    found = started(model)
+    dense = build()
+    projection = model.transformer.layers[1].self_attn.in_proj
+    dense.transformer.layers[1].self_attn.in_proj.weight = mx.dequantize(
+        projection.weight, projection.scales, projection.biases, 32, 8
+    )
+    mx.random.seed(0)
+    want = started(dense)
+    for name in ("q_proj.weight", "k_proj.weight", "key_proj.weight", "value_proj.weight"):
+        np.testing.assert_allclose(found[name], want[name], atol=1e-5, err_msg=name)
+
+
 # -- one function, however cut ---------------------------------------------------------------------
 
 

@@ -160,6 +160,22 @@ def test_the_loss_of_a_learnable_toy_falls(tmp_path):
     assert held.loss < 0.6 * np.mean(losses[:2])
 
 
+def test_gates_move_faster_by_their_speed_and_nothing_else_does():
+    params = {"memory": {"layer_1": {"gate": mx.array([0.5, -0.5]), "w": mx.array([0.5])}}}
+    grads = {"memory": {"layer_1": {"gate": mx.array([1.0, -2.0]), "w": mx.array([1.0])}}}
+    moved = {}
+    for speed in (1.0, 7.0):
+        optimizer, new = Optimizer({"memory": 0.01}, Schedule(10), gate_speed=speed), params
+        for _ in range(2):
+            before, new = new, optimizer.update(new, grads)[0]
+        moved[speed] = {
+            name: np.array(new["memory"]["layer_1"][name] - before["memory"]["layer_1"][name])
+            for name in ("gate", "w")
+        }
+    np.testing.assert_allclose(moved[7.0]["gate"], 7 * moved[1.0]["gate"], rtol=1e-4)
+    np.testing.assert_array_equal(moved[7.0]["w"], moved[1.0]["w"])
+
+
 @pytest.mark.parametrize("phase", ["memory", "all"])
 def test_what_is_frozen_stays_and_what_is_not_moves(shards, phase):
     trainer = make_trainer(shards, replace(SETTINGS, phase=phase, steps=3))
