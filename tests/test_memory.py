@@ -196,7 +196,12 @@ def test_a_memory_narrower_than_the_model_recalls_a_projection():
 
 def test_it_starts_from_a_quantized_attention_too():
     model = build()
-    nn.quantize(model, 32, 8, class_predicate=lambda path, _: path.endswith("in_proj"))
+    nn.quantize(
+        model,
+        32,
+        8,
+        class_predicate=lambda path, _: path == "transformer.layers.1.self_attn.in_proj",
+    )
     mx.random.seed(0)
     found = started(model)
     dense = build()

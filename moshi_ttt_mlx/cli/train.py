@@ -58,6 +58,9 @@ def _add_training_arguments(group) -> None:
     group.add_argument(
         "--memory-rate", "--lr", default=1e-4, **share, help="learning rate (default: 1e-4)"
     )
+    group.add_argument(
+        "--gate-speed", default=10.0, **share, help="rate of the gates over that (default: 10)"
+    )
     group.add_argument("--base-rate", default=1e-6, **share, help="the base's own (default: 1e-6)")
     group.add_argument("--warmup", default=50, **number, help="updates to the full rate")
     group.add_argument("--clip", default=1.0, **share, help="largest norm of a gradient")

@@ -6,6 +6,7 @@ Nothing here knows how facts reach the model; a `Format` does: as text alone, or
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -41,6 +42,7 @@ BETAS = (0.9, 0.98)
 CARD = 64  # codes of a codebook, one for each token of the world
 
 Report = Callable[[str], None]
+say = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def base_loss(form: Format, lm: Lm, before: nn.Linear, inputs, targets) -> mx.ar
     return weighted_loss(nll, weights, totals(weights)) + 0.3 * mx.mean(previous)
 
 
-def train_base(form: Format, seed: int, budget: Budget, report: Report = print) -> Lm:
+def train_base(form: Format, seed: int, budget: Budget, report: Report = say) -> Lm:
     """A model that recalls facts inside its window, and nothing else."""
     mx.random.seed(seed)
     rng = random.Random(seed)
@@ -221,7 +223,7 @@ def memory_segments(
             yield start == 0, *(x[:, :, start : start + SEGMENT] for x in whole)
 
 
-def train_memory(form: Format, lm: Lm, seed: int, budget: Budget, report: Report = print) -> list:
+def train_memory(form: Format, lm: Lm, seed: int, budget: Budget, report: Report = say) -> list:
     """Train the model's memory, the base frozen; the loss of every update."""
     rng = random.Random(1000 + seed)
     learner = Learner(
