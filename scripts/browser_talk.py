@@ -6,7 +6,7 @@ The walls: 3,000 frames, where Moshi's window is full (4:00), 4,000 steps (5:20)
 (5:27.68). The real server runs the bundled model, a headless Chromium opens the page, its microphone
 says the same clip over and over. Prints what a person would feel (lag, drops, gaps) and the memory of
 both sides as one line of JSON; exit status 1 when a check fails. On a machine with other work, put
-`nice -n -15` before it. Needs chromium on PATH and playwright; the plot needs matplotlib.
+`chrt --rr 1` before it. Needs chromium on PATH and playwright; the plot needs matplotlib.
 """
 
 import argparse
