@@ -1,5 +1,6 @@
 """Gradients: right, the same with and without recomputing, and only where something is to learn."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from test_train_loss import talk
 
 from moshi_ttt_mlx.errors import UserError
 from moshi_ttt_mlx.layers import make_memory_cache
+from moshi_ttt_mlx.legacy import LegacyConfig
 from moshi_ttt_mlx.surgery import add_memory
 from moshi_ttt_mlx.train import loss
 from moshi_ttt_mlx.train.segments import Attention, Learner
@@ -248,6 +250,15 @@ def test_a_model_with_cross_attention_is_refused():
     lm = test_generate.build(cross_attention=True)
     with pytest.raises(UserError, match="cross-attention"):
         Learner(lm, add_memory(lm, KINDS["query"]))
+
+
+def test_a_memory_that_looks_ahead_is_refused():
+    config = LegacyConfig(layers=(1,), heads=2, head_dim=16, base_lr=1.0, sizes=(16, 32, 16))
+    lm = test_generate.build()
+    with pytest.raises(UserError, match="again with --causal"):
+        Learner(lm, add_memory(lm, config))
+    lm = test_generate.build()
+    Learner(lm, add_memory(lm, replace(config, causal=True)))
 
 
 def test_mixed_precision_keeps_memory_and_state_in_float32():

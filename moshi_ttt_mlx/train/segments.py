@@ -123,7 +123,8 @@ class Learner:
         recompute: see `recomputed`.
 
     Raises:
-        UserError: phase `all` for a quantized model; a model with cross-attention.
+        UserError: phase `all` for a quantized model; a model with cross-attention; a memory that
+            looks ahead.
     """
 
     def __init__(
@@ -137,6 +138,11 @@ class Learner:
     ):
         if lm.cfg.transformer.cross_attention:
             raise UserError("models with cross-attention cannot be trained: shards hold no source")
+        if not adapter.config.rules.causal:
+            raise UserError(
+                "this memory also learns from later frames of the same call, so in training it would "
+                "see what it is to foretell: convert the checkpoint again with --causal"
+            )
         prepare(lm)
         self.lm, self.adapter, self.phase = lm, adapter, phase
         self.attention, self.weights, self.recompute = attention, weights, recompute

@@ -4,8 +4,8 @@ Nothing here knows how facts reach the model; a `Format` does: as text alone, or
 """
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,6 @@ from moshi_ttt_mlx.train.segments import USUAL_WEIGHTS, Attention, Learner
 
 WORLD, WINDOW, WIDTH = World(), 32, 64
 NEAR = (2, 28)
-SEGMENT, SEGMENTS = 192, 3  # tokens that a gradient reaches back over, and such pieces of a talk
 BETAS = (0.9, 0.98)
 CARD = 64  # codes of a codebook, one for each token of the world
 
@@ -113,7 +112,7 @@ class Budget:
     Args:
         base_steps, base_rows, base_rate: of the model; talks of 64 tokens.
         warm_steps: of the memory, on talks of 96 tokens, then
-        steps: on segments of longer talks.
+        steps: on talks of 192 tokens.
         rows, rate: of the memory's batches.
         probes: rows of each probe, at 12 questions.
         hour_rows: of the probe over an hour; 0 leaves it out.
@@ -123,8 +122,8 @@ class Budget:
     base_rows: int = 64
     base_rate: float = 3e-3
     warm_steps: int = 200
-    steps: int = 500
-    rows: int = 32
+    steps: int = 800
+    rows: int = 16
     rate: float = 6e-3
     probes: int = 64
     hour_rows: int = 8
@@ -204,23 +203,13 @@ def train_base(form: Format, seed: int, budget: Budget, report: Report = say) ->
     return lm
 
 
-def memory_segments(
-    form: Format, lm: Lm, rng: random.Random, budget: Budget
-) -> Iterator[tuple[bool, mx.array, mx.array]]:
-    """What each update learns from: whether a talk begins there, inputs, targets.
+def memory_talks(rng: random.Random, step: int, budget: Budget) -> Talks:
+    """Short talks first, then up to four windows; a third of the questions inside the window.
 
-    Short talks first. Then talks of three segments, so that the memory has been filled before; what
-    is asked is never more than four windows old. A third of the questions is inside the window.
+    Facts are told as often as they can be, so that the memory is soon as full as after a long talk.
     """
-    mix = Mix(near=NEAR, far=(34, 64), p_near=0.3)
-    for _ in range(budget.warm_steps):
-        yield True, *form.tensors(talks(rng, WORLD, budget.rows, 96, mix), lm)
-    mix = replace(mix, far=(34, 120))
-    while True:
-        some = talks(rng, WORLD, budget.rows, SEGMENTS * SEGMENT, mix)
-        whole = form.tensors(some, lm)
-        for start in range(0, SEGMENTS * SEGMENT, SEGMENT):
-            yield start == 0, *(x[:, :, start : start + SEGMENT] for x in whole)
+    far, tokens = ((34, 64), 96) if step < budget.warm_steps else ((34, 120), 192)
+    return talks(rng, WORLD, budget.rows, tokens, Mix(near=NEAR, far=far, p_near=0.3, p_fact=0.4))
 
 
 def train_memory(form: Format, lm: Lm, seed: int, budget: Budget, report: Report = say) -> list:
@@ -232,14 +221,12 @@ def train_memory(form: Format, lm: Lm, seed: int, budget: Budget, report: Report
     steps = budget.warm_steps + budget.steps
     schedule = Schedule(steps, 20, floor=0.05)
     optimizer = Optimizer({"memory": budget.rate}, schedule, betas=BETAS, gate_speed=10)
-    params, losses, carried = learner.parameters(), [], None
-    batches = zip(range(steps), memory_segments(form, lm, rng, budget), strict=False)
-    for step, (begins, inputs, targets) in batches:
-        before = None if begins else carried
-        segment, grads = learner.gradients(params, before, inputs, targets, learner.total(targets))
+    params, losses = learner.parameters(), []
+    for step in range(steps):
+        inputs, targets = form.tensors(memory_talks(rng, step, budget), lm)
+        segment, grads = learner.gradients(params, None, inputs, targets, learner.total(targets))
         params, _ = optimizer.update(params, grads)
-        carried = segment.carried
-        mx.eval(params, carried.arrays)
+        mx.eval(params)
         losses.append(segment.loss.item())
         if step % 100 == 99:
             report(f"memory, seed {seed}, update {step + 1}: loss {np.mean(losses[-50:]):.3f}")
