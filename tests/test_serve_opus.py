@@ -183,6 +183,78 @@ async def test_a_talk_that_fails_is_an_error_of_theirs(tmp_path):
         assert "out of memory" in chat.errors[0] and chat.socket.close_code == 1011
 
 
+class Ogg:
+    """Pages of a stream, made by hand (RFC 3533), behind the two that an Opus stream begins with."""
+
+    def __init__(self):
+        head = b"OpusHead" + struct.pack("<BBHIhB", 1, 1, 0, 24_000, 0, 0)
+        tags = b"OpusTags" + struct.pack("<I", 0) + struct.pack("<I", 0)
+        self.pages = 0
+        self.start = self.page(head, [len(head)]) + self.page(tags, [len(tags)])
+
+    def page(self, body, lacing, goes_on=False):
+        """A page; `lacing` are the lengths of its segments, 255 where a packet goes on."""
+        flags = goes_on | (2 if self.pages == 0 else 0)
+        fields = (b"OggS", 0, flags, self.pages, 1, self.pages, 0, len(lacing))
+        self.pages += 1
+        page = struct.pack("<4sBBqIIIB", *fields) + bytes(lacing) + body
+        return page[:22] + struct.pack("<I", ogg_checksum(page)) + page[26:]
+
+
+def ogg_checksum(page):
+    value = 0
+    for byte in page:
+        value ^= byte << 24
+        for _ in range(8):
+            value = value << 1 ^ (0x104C11DB7 if value >> 31 else 0)
+    return value
+
+
+SIX_EMPTY_FRAMES = bytes([0b11111011, 6])
+"""An Opus packet (RFC 6716, 3.2.5): 120 ms of 20 ms frames with nothing in them."""
+
+
+def heard(wire, data):
+    return wire.decode(WSMessage(WSMsgType.BINARY, b"\x01" + data, None))
+
+
+@pytest.mark.parametrize("packets", [1, 20, 41])
+def test_a_short_message_of_many_minutes_is_decoded_up_to_a_burst(packets):
+    limits, ogg = Limits(), Ogg()
+    wire, data = ChatWire(limits), ogg.start
+    while True:
+        page = ogg.page(SIX_EMPTY_FRAMES * packets, [2] * packets)
+        if len(data) + len(page) >= limits.text_bytes:
+            break
+        data += page
+    burst = 24_000 * limits.burst_seconds
+    assert (ogg.pages - 3) * packets * 0.12 * 24_000 > burst
+    # The slice in which it was too much may have held as much as sphn decodes at once.
+    assert burst < len(heard(wire, data)) <= burst + 5 * 24_000
+
+
+def test_a_message_may_hold_more_than_sphn_decodes_at_once():
+    writer = sphn.OpusStreamWriter(24_000)
+    sound = np.tile(TONE, 20)
+    stream = b"".join(writer.append_pcm(sound[n : n + 1920]) for n in range(0, len(sound), 1920))
+    wire = ChatWire(Limits(text_bytes=len(stream) + 1))
+    assert len(heard(wire, stream)) == pytest.approx(len(sound), abs=2 * 1920)
+
+
+def test_a_packet_without_an_end_is_not_kept_for_ever():
+    limits, ogg = Limits(), Ogg()
+    wire = ChatWire(limits)
+    heard(wire, ogg.start)
+    sent = 0
+    with pytest.raises(UserError, match="Ogg/Opus sound: none in"):
+        while sent < 2 * limits.message_bytes:
+            page = ogg.page(bytes(60 * 255), [255] * 60, goes_on=ogg.pages > 2)
+            assert not len(heard(wire, page))
+            sent += len(page)
+    with pytest.raises(UserError, match="none in"):
+        heard(wire, page)
+
+
 @given(at=st.integers(0, 2000), junk=st.binary(min_size=1, max_size=60), whole=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_broken_pages_raise_nothing_else(at, junk, whole):

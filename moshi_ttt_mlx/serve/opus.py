@@ -19,6 +19,10 @@ HANDSHAKE, SOUND, TEXT, ERROR = 0, 1, 2, 5
 
 _VERSION_AND_MODEL = bytes(8)  # two little-endian u32
 
+# sphn decodes five seconds in one call and no more. In so few bytes no page of a usual length ends
+# twice, while a whole message may hold minutes: a packet of two bytes may stand for 120 ms.
+_SLICE_BYTES = 128
+
 # Their page's query parameters that mean the same here.
 _WHOLE = {"text_topk": "text_top_k", "audio_topk": "top_k", "audio_seed": "seed"}
 _NUMBERS = {"text_temperature": "text_temp", "audio_temperature": "temp"}
@@ -32,6 +36,7 @@ class ChatWire:
     def __init__(self, limits: Limits):
         self._limits = limits
         self._reader = sphn.OpusStreamReader(SAMPLE_RATE)
+        self._soundless_bytes = 0
         self._writer = sphn.OpusStreamWriter(SAMPLE_RATE)
 
     def decode(self, message: WSMessage) -> np.ndarray | None:
@@ -41,9 +46,32 @@ class ChatWire:
         if len(message.data) > self._limits.text_bytes:
             raise UserError(f"expected up to {self._limits.text_bytes} bytes of Ogg/Opus at once")
         try:
-            return clean(self._reader.append_bytes(message.data[1:]))
+            return clean(self._read(message.data[1:]))
         except ValueError as error:
             raise UserError(f"expected Ogg/Opus sound: {error}") from error
+
+    def _read(self, pages: bytes) -> np.ndarray:
+        """Sound of a message, float32 `[N]`; a little more than a burst at most, see `Limits`.
+
+        Whoever sends more is disconnected for it: the rest need not be decoded.
+        """
+        parts, samples = [np.empty(0, np.float32)], 0
+        for start in range(0, len(pages), _SLICE_BYTES):
+            if samples > self._limits.burst_seconds * SAMPLE_RATE:
+                break
+            parts.append(self._read_slice(pages[start : start + _SLICE_BYTES]))
+            samples += len(parts[-1])
+        return np.concatenate(parts)
+
+    def _read_slice(self, data: bytes) -> np.ndarray:
+        # The reader keeps what it cannot decode yet, and a packet may go on from page to page.
+        if self._soundless_bytes > self._limits.message_bytes:
+            raise ValueError(f"none in {self._soundless_bytes} bytes")
+        self._soundless_bytes += len(data)
+        sound = self._reader.append_bytes(data)
+        if len(sound):
+            self._soundless_bytes = 0
+        return sound
 
     def encode(self, event: Event) -> bytes | None:
         if isinstance(event, np.ndarray):
