@@ -29,7 +29,7 @@ class Case:
 
 
 def _inputs(heads: int, width: int, tokens: int) -> dict[str, mx.array]:
-    """Unit queries and keys and a rate as `TTTMemory` makes them, seeded."""
+    """Seeded tokens; queries and keys of length 1, as `TTTMemory` makes them."""
     keys = mx.random.split(mx.random.key(0), 3)
     q, k, v = (mx.random.normal((1, heads, tokens, width), key=key) for key in keys)
     q, k = (a * mx.rsqrt(mx.sum(a * a, axis=-1, keepdims=True)) for a in (q, k))
@@ -124,7 +124,10 @@ def measure(case: Case, turns: int) -> Measured:
 
 
 def cases(lm: Lm) -> list[Case]:
-    """What `bench` shows at `C = 16`: the default sizes, one layer of Moshi's, `lm` and training.
+    """What `bench` shows at `C = 16`: small learners, one as wide as Moshi, training, and `lm`.
+
+    The learners' sizes are fixed, so that figures of different days compare; the memory in `lm` has
+    the default ones.
 
     Args:
         lm: left with a memory in half of its layers.

@@ -27,7 +27,7 @@ from .generate import FrameGenerator
 from .memory import MemoryConfig, TTTMemory
 from .surgery import add_memory, find_memory
 
-# Of the memory that is timed; its own default sizes otherwise.
+# Of the memory that is timed; all else about it is `MemoryConfig`'s default.
 WINDOW = 100
 
 

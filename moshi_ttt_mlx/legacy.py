@@ -8,7 +8,7 @@ It reads the stream behind attention, not `norm1(x)`, and adds to it there:
     y  = x2 + ffn(norm2(x2))
 
 What does not: reading checkpoint files (`convert.py`). New memories should not use any of this:
-the un-normalised stream gives the learned rate and the values a scale that drifts from layer to
+the un-normalized stream gives the learned rate and the values a scale that drifts from layer to
 layer, and the target and the averaged share were replaced for a reason (`memory.py`).
 """
 

@@ -237,7 +237,7 @@ class Virtual:
 
 
 def _unit(x: mx.array) -> mx.array:
-    """L2-normalised along the last axis; zero stays zero, with a finite gradient."""
+    """L2-normalized along the last axis; zero stays zero, with a finite gradient."""
     return x * mx.rsqrt(mx.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
@@ -486,7 +486,7 @@ class TTTMemory(nn.Module):
         return x.reshape(b, t, self._config.heads, self._config.head_dim).swapaxes(1, 2)
 
     def _rotate(self, x: mx.array, cache: MemoryCache) -> mx.array:
-        """RoPE by place in the mini-batch (`ttt.md` section 4); the place may be a traced array."""
+        """RoPE by place in the mini-batch; the place may be a traced array."""
         c, t = self._config.mini_batch, x.shape[2]
         start = cache.inner.tokens if cache.place is None else cache.place
         # A frozen memory stays where it stopped: one token at a time or many, the same place.

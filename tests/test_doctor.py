@@ -187,7 +187,7 @@ def no_hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "flags, name, gigabytes",
     [
-        # upstream.md's bytes of 7.7 B parameters: 4.5 bits each in q4 (groups of 32), 8.5 in q8.
+        # 7.69 B parameters: 5 bits each in q4 (groups of 32, with scales), 8.5 in q8 (of 64).
         ({}, "kyutai/moshiko-mlx-q4", 4.81),
         ({"quantized": 8}, "kyutai/moshiko-mlx-q8", 8.17),
         ({"hf_repo": "kyutai/moshika-mlx-bf16"}, "kyutai/moshika-mlx-bf16", 15.38),
@@ -197,7 +197,7 @@ def test_moshi_itself_is_sized_without_a_download(flags, name, gigabytes, no_hub
     one = Chosen(flags)
     computed = fp.footprint(one)
     assert one.name == name and "not downloaded yet" in computed.source
-    # upstream.md: 1.57 GB of keys and values at 3,000 frames in bfloat16.
+    # Keys and values of 3,000 frames in bfloat16, 32 layers of width 4096.
     assert round(computed.keys_and_values / 1e9, 2) == 1.57
     assert computed.weights / 1e9 == pytest.approx(gigabytes, abs=0.005)
 

@@ -459,7 +459,7 @@ def honest(learner, inputs, pieces):
 
 
 def padded_to_a_mini_batch(learner, inputs, pieces):
-    """Bug 1: each piece is filled up with zero tokens, whose normalised keys are unit vectors."""
+    """Bug 1: each piece is filled up with zero tokens, whose normalized keys are unit vectors."""
     c, f = learner.rules.mini_batch, inputs[0].shape[-1]
     state, outs, at = learner.init_state(inputs[0].shape[0]), [], 0
     for length in pieces:
