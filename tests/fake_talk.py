@@ -56,7 +56,7 @@ class FakeSession:
         self.threads.add(threading.get_ident())
         self.stepping.set()
         if self.gate:
-            assert self.gate.acquire(timeout=10)
+            assert self.gate.acquire(timeout=120)
         if self.clock:
             self.clock.now += self.cost
         if self.frame == self.fail_at:

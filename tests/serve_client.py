@@ -20,7 +20,7 @@ from moshi_ttt_mlx.session import Settings
 from moshi_ttt_mlx.session_store import SessionStore
 from moshi_ttt_mlx.transcript import Transcript
 
-PATIENCE = 30  # seconds after which a test is stuck; nothing depends on how fast it is
+PATIENCE = 240  # seconds after which a test is stuck; nothing depends on how fast it is
 
 
 def async_test(test):

@@ -17,7 +17,7 @@ from moshi_ttt_mlx.cli import chat, main, screen
 from moshi_ttt_mlx.errors import UserError
 from moshi_ttt_mlx.live import MemoryStatus, Status, Talk
 
-WAIT = 20  # seconds until a test gives up
+WAIT = 120  # seconds until a test gives up
 
 
 class SpeakingDevice(FakeDevice):

@@ -74,7 +74,7 @@ def test_a_crash_finds_the_words_on_disk(tmp_path, warnings, monkeypatch):
     # Never closed. `_frames` empty and a rewrite later the word must be there.
     tick = threading.Event()
     sound, words = files(tmp_path / "talks")
-    for _ in range(400):
+    for _ in range(40 * 120):
         if path.exists() and path.read_text() == "said\n" and words.read_text():
             break
         tick.wait(0.025)

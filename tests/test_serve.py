@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_talk import SILENCE, voice
-from serve_client import Opener, ServedSession, Talker, async_test, serving
+from serve_client import PATIENCE, Opener, ServedSession, Talker, async_test, serving
 
 from moshi_ttt_mlx import UserError
 from moshi_ttt_mlx.serve import talk as talk_module
@@ -394,13 +394,14 @@ async def test_a_dropped_connection_is_taken_up_again(tmp_path, how):
 
 @async_test
 async def test_a_talk_that_was_taken_up_does_not_end_when_its_time_to_come_back_does(tmp_path):
-    async with serving(tmp_path, resume_seconds=0.3) as client:
+    async with serving(tmp_path) as client:
         talker = await Talker.begin(client)
         await talker.leave()
-        again = await Talker.begin(client, resume=talker.ready["key"])
-        await asyncio.sleep(0.5)
-        await again.speak(voice())
-        await again.replies(1)
+        while not client.talks()._timers:
+            await asyncio.sleep(0.01)
+        (timer,) = client.talks()._timers.values()
+        await Talker.begin(client, resume=talker.ready["key"])
+        assert timer.cancelled()
 
 
 @async_test
@@ -489,7 +490,7 @@ async def test_a_session_that_opens_for_nobody_is_let_go_and_its_place_too(tmp_p
 
     def open_session(settings, path):
         opening.set()
-        assert go.wait(10)
+        assert go.wait(PATIENCE)
         session = ServedSession(settings, path)
         refs.append(weakref.ref(session))
         return session
@@ -690,7 +691,6 @@ async def test_a_last_save_that_fails_is_said(tmp_path, error):
 @async_test
 async def test_a_stopped_server_tells_everyone_and_keeps_what_has_a_name(tmp_path):
     opener = Opener()
-    threads = threading.active_count()
     async with serving(tmp_path, opener, sessions=3) as client:
         named, nameless = await Talker.begin(client), await Talker.begin(client)
         away = await Talker.begin(client)
@@ -715,8 +715,7 @@ async def test_a_stopped_server_tells_everyone_and_keeps_what_has_a_name(tmp_pat
         await closing
     assert not folder.exists()
     assert len(opener.sessions[0].saved) == 2
-    names = [thread.name for thread in threading.enumerate()]
-    assert "model" not in names and threading.active_count() <= threads + 2
+    assert {"model", "keeper"}.isdisjoint(thread.name for thread in threading.enumerate())
 
 
 @async_test

@@ -18,6 +18,8 @@ from moshi_ttt_mlx.serve.outbox import Outbox
 from moshi_ttt_mlx.serve.places import Places
 from moshi_ttt_mlx.serve.settings import NAMES, parse_settings
 
+WAIT = 120  # seconds until a test gives up
+
 # ---- the bucket
 
 
@@ -67,8 +69,8 @@ def thread():
 def hold(thread):
     """Keep the thread busy; returns what lets it go."""
     busy, go = threading.Event(), threading.Event()
-    thread.call(lambda: (busy.set(), go.wait(10)))
-    assert busy.wait(10)
+    thread.call(lambda: (busy.set(), go.wait(WAIT)))
+    assert busy.wait(WAIT)
     return go.set
 
 
@@ -79,7 +81,7 @@ def test_turns_go_round(thread):
     for player in players:
         thread.add(player)
     let_go()
-    assert all(player.done.wait(10) for player in players)
+    assert all(player.done.wait(WAIT) for player in players)
     assert "".join(log) == "abcabcaca"
 
 
@@ -90,7 +92,7 @@ def test_jobs_come_before_the_next_turn_and_one_after_another(thread):
     thread.add(player)
     jobs = [thread.call(lambda name=name: log.append(name)) for name in "12"]
     let_go()
-    assert player.done.wait(10) and all(job.done() for job in jobs)
+    assert player.done.wait(WAIT) and all(job.done() for job in jobs)
     assert "".join(log) == "12aaa"
 
 
@@ -103,22 +105,22 @@ def test_a_player_that_fails_gets_no_more_turns_and_the_others_do(thread, error)
     thread.add(ill)
     thread.add(well)
     let_go()
-    assert ill.done.wait(10) and well.done.wait(10)
-    thread.call(lambda: None).result(10)
+    assert ill.done.wait(WAIT) and well.done.wait(WAIT)
+    thread.call(lambda: None).result(WAIT)
     assert "".join(log) == "abbb" and len(ill.failures) == 1
     assert isinstance(ill.failures[0], Exception) and str(ill.failures[0]) == str(error)
 
 
 def test_a_job_that_fails_is_its_callers(thread):
     with pytest.raises(ZeroDivisionError):
-        thread.call(lambda: 1 / 0).result(10)
+        thread.call(lambda: 1 / 0).result(WAIT)
 
     def panic():
         raise SystemExit("a panic")
 
     with pytest.raises(RuntimeError, match="a panic"):
-        thread.call(panic).result(10)
-    assert thread.call(lambda: 7).result(10) == 7
+        thread.call(panic).result(WAIT)
+    assert thread.call(lambda: 7).result(WAIT) == 7
 
 
 def test_a_cancelled_job_is_left_out(thread):
@@ -128,7 +130,7 @@ def test_a_cancelled_job_is_left_out(thread):
     assert cancelled.cancel()
     after = thread.call(lambda: log.append("after"))
     let_go()
-    after.result(10)
+    after.result(WAIT)
     assert log == ["after"]
 
 
@@ -136,10 +138,10 @@ def test_nothing_of_a_job_is_held_until_the_next_one(thread):
     class Session:
         pass
 
-    result = thread.call(Session).result(10)
+    result = thread.call(Session).result(WAIT)
     ref = weakref.ref(result)
     del result
-    for _ in range(1000):  # the thread has a moment to come back from it
+    for _ in range(100 * WAIT):  # the thread has a moment to come back from it
         if ref() is None:
             break
         threading.Event().wait(0.01)
@@ -154,9 +156,9 @@ def test_removed_means_no_turn(thread):
     thread.remove(player)
     thread.remove(player)
     let_go()
-    thread.call(lambda: None).result(10)
+    thread.call(lambda: None).result(WAIT)
     thread.wake()
-    thread.call(lambda: None).result(10)
+    thread.call(lambda: None).result(WAIT)
     assert log == []
 
 
@@ -170,7 +172,7 @@ def test_closing_finishes_the_jobs_and_takes_no_more():
     while not thread.call(lambda: None).cancelled():  # until it has begun to close
         pass
     let_go()
-    closing.join(10)
+    closing.join(WAIT)
     assert job.done() and log == ["job"] and not thread._thread.is_alive()
 
 
