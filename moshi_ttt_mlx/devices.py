@@ -34,6 +34,10 @@ needs about two seconds to recover from an underrun, so there the buffer is larg
 
 _LATENCY_ELSEWHERE = 0.15
 
+BURST_SECONDS = {"ALSA": 0.06}
+"""Sound that a device takes, or brings, in one go where that is more than a block: PortAudio's ALSA
+side calls back three times in a row (seen with the pulse plugin)."""
+
 _WORDS = {"input": "microphone", "output": "loudspeaker"}
 
 
@@ -332,6 +336,11 @@ class Microphone(_Stream):
 
 class Loudspeaker(_Stream):
     """Plays on a device. Arguments as for `Microphone`."""
+
+    @property
+    def burst(self) -> int:
+        """Samples at 24 kHz by which it may be ahead of the clock: so much should wait for it."""
+        return round(SAMPLE_RATE * BURST_SECONDS.get(self.device.host, 0.0))
 
     def stop(self) -> None:
         """Close the device after what was given to it is played."""

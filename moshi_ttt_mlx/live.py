@@ -56,7 +56,8 @@ HEARD_FRAMES = 12
 """User frames that may wait for the model: about a second of speech survives a hiccup."""
 
 CUSHION_SAMPLES = FRAME_SIZE // 2
-"""Silence played ahead of the first reply. A late frame adds its lateness, so a little is enough."""
+"""Silence played ahead of the first reply, beside a loudspeaker's burst. A late frame adds its
+lateness, so a little is enough."""
 
 CALM_FRAMES = 3
 """With more than this ahead of the loudspeaker, silent reply frames are left out to catch up."""
@@ -80,7 +81,7 @@ _CLOSE_SECONDS = 5.0
 
 
 class Device(Protocol):
-    """What a talk needs of a microphone or loudspeaker; see `devices.Microphone`."""
+    """What a talk needs of a microphone or loudspeaker; see `devices`."""
 
     name: str
     calls: int
@@ -90,6 +91,12 @@ class Device(Protocol):
     def start(self, exchange: Callable) -> None: ...
     def stop(self) -> None: ...
     def abandon(self) -> None: ...
+
+
+class Speaker(Device, Protocol):
+    """A loudspeaker, which may take its sound in bursts."""
+
+    burst: int
 
 
 # -- what the worker tells ------------------------------------------------------------------------
@@ -338,7 +345,7 @@ class Talk:
         self,
         open_session: "Callable[[], Session]",
         microphone: Device,
-        loudspeaker: Device,
+        loudspeaker: Speaker,
         *,
         on_frame: "Callable[[SpokenFrame, np.ndarray], None]" = lambda spoken, user: None,
         on_words: "Callable[[SpokenFrame], None]" = lambda words: None,
@@ -349,7 +356,7 @@ class Talk:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.events: queue.SimpleQueue = queue.SimpleQueue()
-        self.heard, self.replies = HeardQueue(), ReplyQueue()
+        self.heard, self.replies = HeardQueue(), ReplyQueue(CUSHION_SAMPLES + loudspeaker.burst)
         self.session: Session | None = None
         self.started = self.ended = self.muted = self.paused = False
         self._open_session, self._on_frame, self._clock = open_session, on_frame, clock

@@ -88,6 +88,8 @@ class FakeSession:
 class FakeDevice:
     """A microphone or loudspeaker that a test operates by hand."""
 
+    burst = 0
+
     def __init__(self, name="fake"):
         self.name, self.calls, self.glitches, self.active = name, 0, 0, False
         self.exchange = None

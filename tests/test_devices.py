@@ -261,6 +261,12 @@ def test_the_rate_is_24_khz_where_that_is_safe(portaudio, host, index, rate, cha
     assert settings["blocksize"] == rate // 50
 
 
+@pytest.mark.parametrize(("host", "burst"), [("ALSA", 1440), ("Core Audio", 0)])
+def test_only_alsa_takes_its_sound_in_bursts(portaudio, host, burst):
+    portaudio.hosts[0]["name"] = host
+    assert opened(portaudio, 1, "output").burst == burst
+
+
 def test_a_stereo_microphone_is_heard_on_either_side(portaudio):
     frames = []
     microphone = opened(portaudio, 2)

@@ -1,5 +1,6 @@
 """Queues that never grow, watches that speak once, and a talk that ends well however it ends."""
 
+import math
 import queue
 import threading
 import time
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from moshi_ttt_mlx import live
 from moshi_ttt_mlx.audio import FRAME_SIZE
+from moshi_ttt_mlx.devices import BURST_SECONDS
 from moshi_ttt_mlx.errors import UserError
 from moshi_ttt_mlx.live import (
     CUSHION_SAMPLES,
@@ -161,6 +163,40 @@ def test_replies_never_pile_up():
     assert len(replies) == REPLY_FRAMES * FRAME_SIZE
     assert (replies.fetch(REPLY_FRAMES * FRAME_SIZE)[-FRAME_SIZE:] == np.float32(0.99)).all()
     assert replies.skipped == 100 - REPLY_FRAMES
+
+
+def underruns_in_bursts(cushion, phase, jitter):
+    """Of five seconds whose sound comes and goes in bursts of 60 ms, as with ALSA's pulse plugin.
+
+    Args:
+        phase: of the loudspeaker's bursts against the microphone's, in ms.
+        jitter: makes the milliseconds by which each is late.
+    """
+    replies = ReplyQueue(cushion)
+    heard = [60 * math.ceil(80 * n / 60) for n in range(1, 70)]
+    moments = [(at + jitter(18, 60), replies.put, [voice()]) for at in heard]
+    for n in range(5000 // 60):
+        moments.append((60 * n + phase + jitter(0, 10), replies.fetch, [3 * 480]))
+    for _, act, args in sorted(moments, key=lambda moment: moment[0]):
+        act(*args)
+    return replies.underruns
+
+
+def test_a_loudspeaker_that_takes_its_sound_in_bursts_needs_as_much_ahead():
+    def most(cushion):
+        jitter = np.random.default_rng(0).uniform
+        return max(underruns_in_bursts(cushion, phase, jitter) for phase in range(60))
+
+    burst = round(24_000 * BURST_SECONDS["ALSA"])
+    assert most(CUSHION_SAMPLES) > 0 == most(CUSHION_SAMPLES + burst)
+
+
+def test_a_talk_plays_so_much_ahead():
+    loudspeaker = FakeDevice()
+    loudspeaker.burst = 1000
+    replies = Talk(FakeSession, FakeDevice(), loudspeaker).replies
+    replies.put(voice())
+    assert len(replies) == CUSHION_SAMPLES + 1000 + FRAME_SIZE
 
 
 @settings(deadline=None)  # a busy machine is no fault
