@@ -82,8 +82,22 @@ def open_codec(
         config: the codec's shape. Default: Kyutai's Mimi.
 
     Raises:
-        UserError: the file is missing, broken or does not fit; the backend cannot run the config, or
-            is not installed.
+        UserError: the file is missing, broken or does not fit; or as `choose_backend`.
+    """
+    if choose_backend(backend, config) == "mlx":
+        from .mlx_codec import MlxCodec
+
+        return MlxCodec.open(path, num_codebooks, config)
+    from .rusty_codec import RustyCodec
+
+    return RustyCodec(path, num_codebooks)
+
+
+def choose_backend(backend: Backend, config: MimiConfig | None) -> Literal["rustymimi", "mlx"]:
+    """The backend that `open_codec` takes; arguments as there.
+
+    Raises:
+        UserError: the backend cannot run the config, is not installed, or is none.
     """
     standard = config is None or config == mimi_202407(config.quantizer_nq)
     if backend not in ("auto", "rustymimi", "mlx"):
@@ -93,13 +107,7 @@ def open_codec(
     installed = importlib.util.find_spec("rustymimi") is not None
     if backend == "rustymimi" and not installed:
         raise UserError("codec backend: rustymimi is not installed; pip install it or --codec mlx")
-    if backend == "mlx" or not standard or not installed:
-        from .mlx_codec import MlxCodec
-
-        return MlxCodec.open(path, num_codebooks, config)
-    from .rusty_codec import RustyCodec
-
-    return RustyCodec(path, num_codebooks)
+    return "mlx" if backend == "mlx" or not standard or not installed else "rustymimi"
 
 
 def mimi_config_to_dict(config: MimiConfig) -> dict[str, Any]:

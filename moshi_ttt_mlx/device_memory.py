@@ -20,7 +20,8 @@ _CACHE = 1 << 30
 CLEAR_EVERY = 4096
 
 
-def _device_info() -> dict:
+def device_info() -> dict:
+    """What MLX says of a Mac's GPU; only with Metal."""
     # mlx 0.26 has it in `mx.metal` only, where later versions warn.
     return mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
 
@@ -34,7 +35,7 @@ def prepare(weights: dict) -> None:
     if not mx.metal.is_available():
         return
     size = sum(array.nbytes for _, array in tree_flatten(weights))
-    most = int(_device_info()["max_recommended_working_set_size"])
+    most = int(device_info()["max_recommended_working_set_size"])
     mx.set_wired_limit(min(size + _BESIDE_WEIGHTS, most))
     mx.set_cache_limit(_CACHE)
 

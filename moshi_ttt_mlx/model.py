@@ -149,10 +149,15 @@ def _load_tokenizer(path: Path, vocabulary: int) -> sentencepiece.SentencePieceP
     return tokenizer
 
 
-def _open_codec(files: ModelFiles, config: LmConfig, backend: Backend) -> Codec | None:
+def open_model_codec(files: ModelFiles, config: LmConfig, backend: Backend) -> Codec | None:
+    """The codec of a model, None of a text model.
+
+    Raises:
+        UserError: as `codec.open_codec`; or it is another model's.
+    """
     if files.mimi is None:
         return None
-    shape = _mimi_shape(files)
+    shape = mimi_shape(files)
     bins = shape.quantizer_bins if shape else MIMI_BINS
     if bins != config.audio_vocab_size - 1:
         raise UserError(
@@ -163,8 +168,12 @@ def _open_codec(files: ModelFiles, config: LmConfig, backend: Backend) -> Codec 
     return open_codec(files.mimi, codebooks, backend, shape)
 
 
-def _mimi_shape(files: ModelFiles) -> MimiConfig | None:
-    """Of a codec that is not Kyutai's Mimi: this package's own field, as in the demo's config."""
+def mimi_shape(files: ModelFiles) -> MimiConfig | None:
+    """Of a codec that is not Kyutai's Mimi: this package's own field, as in the demo's config.
+
+    Raises:
+        UserError: the field does not hold such a config.
+    """
     own = (files.config or {}).get("mimi_config")
     try:
         return None if own is None else mimi_config_from_dict(own)
@@ -232,7 +241,7 @@ def load_files(
     # Small files first: a wrong one must not cost the reading of the weights.
     text = _load_tokenizer(files.tokenizer, config.text_out_vocab_size)
     progress("opening the codec")
-    audio = _open_codec(files, config, codec)
+    audio = open_model_codec(files, config, codec)
     progress(f"reading {files.moshi.name}")
     lm = build_lm(config, files.name)
     bits = load_lm_weights(lm, files.moshi, files.quantized)

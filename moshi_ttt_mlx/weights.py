@@ -83,11 +83,10 @@ def check_shapes(found: Shapes, expected: Shapes, where: str) -> None:
         )
 
 
-def quantize(model: nn.Module, bits: int) -> None:
-    """Quantize a model in place, in Kyutai's format for these bits (4 or 8), layer by layer.
+def quantize_lazily(model: nn.Module, bits: int) -> None:
+    """Make a model one of Kyutai's format for these bits (4 or 8), in place; nothing is computed yet.
 
-    Weights still on disk are read, quantized and let go one at a time. Layers whose width the groups
-    do not fit stay as they are (moshi_mlx refuses such a model).
+    Layers whose width the groups do not fit stay as they are (moshi_mlx refuses such a model).
     """
     group = GROUP_SIZE[bits]
 
@@ -95,6 +94,12 @@ def quantize(model: nn.Module, bits: int) -> None:
         return hasattr(module, "to_quantized") and module.weight.shape[-1] % group == 0
 
     nn.quantize(model, group, bits, class_predicate=fits)
+
+
+def quantize(model: nn.Module, bits: int) -> None:
+    """As `quantize_lazily`, and layer by layer: weights still on disk are read, quantized and let go
+    one at a time."""
+    quantize_lazily(model, bits)
     for _, array in tree_flatten(model.parameters()):
         mx.eval(array)
 

@@ -14,11 +14,13 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from moshi_mlx.models import Lm, LmConfig
 
+from ..codec import choose_backend
 from ..config import build_lm, lm_config
 from ..hub import ModelFiles
 from ..memory import MemoryConfig
+from ..model import mimi_shape
 from ..surgery import adapter_files, add_memory, read_memory_config
-from ..weights import GROUP_SIZE
+from ..weights import quantize_lazily
 from .case import Case, Chosen, NotDownloaded
 from .finding import Finding, size
 from .machine import read_machine
@@ -118,12 +120,7 @@ def _unread(config: LmConfig, name: str, dtype: mx.Dtype, bits: int | None) -> L
     lm = build_lm(config, name)
     lm.set_dtype(dtype)
     if bits:
-        group = GROUP_SIZE[bits]
-
-        def fits(path: str, module: nn.Module) -> bool:
-            return hasattr(module, "to_quantized") and module.weight.shape[-1] % group == 0
-
-        nn.quantize(lm, group, bits, class_predicate=fits)
+        quantize_lazily(lm, bits)
     return lm
 
 
@@ -162,16 +159,7 @@ def _memory_bytes(lm: Lm, config: MemoryConfig) -> tuple[int, int]:
 def _codec_bytes(files: ModelFiles, backend: str) -> int:
     if files.mimi is None:
         return 0
-    return _CODEC_COPIES[codec_backend(files, backend)] * files.mimi.stat().st_size
-
-
-def codec_backend(files: ModelFiles, backend: str) -> str:
-    """What `codec.open_codec` will choose."""
-    import importlib.util
-
-    own_shape = bool((files.config or {}).get("mimi_config"))
-    has_rust = importlib.util.find_spec("rustymimi") is not None
-    return "mlx" if backend == "mlx" or own_shape or not has_rust else "rustymimi"
+    return _CODEC_COPIES[choose_backend(backend, mimi_shape(files))] * files.mimi.stat().st_size
 
 
 def check_memory(case: Case) -> Finding:

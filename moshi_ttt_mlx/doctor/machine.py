@@ -58,10 +58,9 @@ def _sysctl(name: str) -> str:
 def _metal_info() -> dict:
     import mlx.core as mx
 
-    if not mx.metal.is_available():
-        return {}
-    # mlx 0.26 has it in `metal` only, newer ones warn there.
-    return getattr(mx, "device_info", mx.metal.device_info)()
+    from ..device_memory import device_info
+
+    return device_info() if mx.metal.is_available() else {}
 
 
 def _linux(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> Machine:

@@ -10,16 +10,16 @@ import mlx.core as mx
 import numpy as np
 
 from ..audio import FRAME_SIZE, SAMPLE_RATE, read_audio, to_mono
-from ..codec import Codec, mimi_config_from_dict, open_codec
+from ..codec import Codec
 from ..config import lm_config
 from ..generate import FrameGenerator
-from ..hub import ModelFiles
 from ..live import FRAME_MS
+from ..model import mimi_shape, open_model_codec
 from ..session import Session
 from ..user_words import Dialogue
 from ..voice import level
 from ..watches import too_slow_message
-from .case import Case, Chosen, NotDownloaded
+from .case import Case, NotDownloaded
 from .finding import Finding
 
 SECOND = 13
@@ -55,20 +55,12 @@ def check_codec(case: Case) -> Finding:
         return Finding("codec", "skipped", str(error))
     if files.mimi is None:
         return Finding("codec", "skipped", f"{files.name} is a text model: it needs none")
-    codec, trained_shape = _open_codec(files, case.chosen)
+    # The codec alone: it is examined even if the model cannot be loaded.
+    codec = open_model_codec(files, lm_config(files.config, name=files.name), case.chosen.codec)
     sound = speech(SECOND)
     came_back = np.concatenate([codec.decode(codec.encode(frame)) for frame in sound])
-    return _judge_codec(codec, sound.reshape(-1), came_back, trained_shape)
-
-
-def _open_codec(files: ModelFiles, chosen: Chosen) -> tuple[Codec, bool]:
-    """The codec alone, so that it is examined even if the model cannot be loaded; whether it is
-    Kyutai's."""
-    config = lm_config(files.config, name=files.name)
-    codebooks = max(config.generated_codebooks, config.other_codebooks)
-    own = (files.config or {}).get("mimi_config")
-    shape = None if own is None else mimi_config_from_dict(own)
-    return open_codec(files.mimi, codebooks, chosen.codec, shape), own is None
+    is_kyutais = mimi_shape(files) is None
+    return _judge_codec(codec, sound.reshape(-1), came_back, is_kyutais)
 
 
 def _judge_codec(codec: Codec, sent: np.ndarray, came_back: np.ndarray, trained: bool) -> Finding:
