@@ -101,6 +101,25 @@ class SessionStore:
             )
         return self.folder / f"{name}{ENDING}"
 
+    def make_folder(self) -> None:
+        """The folder is there from here on.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+
+    def has(self, name: str) -> bool:
+        """Whether something has this name, be it damaged.
+
+        Raises:
+            UserError: not a name.
+        """
+        return os.path.lexists(self.path(name))
+
     def list(self) -> list[SessionInfo]:
         """Everything in the folder, the latest first, files that are no sessions included."""
         if not self.folder.is_dir():
@@ -114,10 +133,23 @@ class SessionStore:
         Raises:
             UserError: not a name, or there is none of that name.
         """
-        path = self.path(name)
-        if not os.path.lexists(path):
-            raise UserError(f"no session {name!r} in {self.folder}: `sessions list` shows them all")
-        return inspect(path)
+        if not self.has(name):
+            raise self._missing(name)
+        return inspect(self.path(name))
+
+    def whole(self, name: str) -> SessionInfo:
+        """As `info`, of a talk that can be resumed.
+
+        Raises:
+            UserError: as `info`, or it cannot.
+        """
+        info = self.info(name)
+        if info.fault:
+            raise UserError(f"the talk {info.name!r} cannot be resumed: {info.fault}")
+        return info
+
+    def _missing(self, name: str) -> UserError:
+        return UserError(f"no session {name!r} in {self.folder}: `sessions list` shows them all")
 
     def remove(self, name: str) -> None:
         """Remove a talk, and what saves of it that were cut short have left.
@@ -126,9 +158,9 @@ class SessionStore:
             UserError: not a name, none of that name, or a file that is no session of ours.
         """
         path, left = self.path(name), list(self._unfinished(name))
-        if not os.path.lexists(path) and not left:
-            raise UserError(f"no session {name!r} in {self.folder}: `sessions list` shows them all")
-        if os.path.lexists(path) and not _is_ours(path):
+        if not self.has(name) and not left:
+            raise self._missing(name)
+        if self.has(name) and not _is_ours(path):
             raise UserError(f"{path} is not a session of moshi-ttt-mlx: it stays where it is")
         for file in [path, *left]:
             try:
@@ -159,17 +191,19 @@ def session_path(text: str) -> Path:
             f"{text} is a file here, but a name without a folder means a talk in {store.folder}: "
             f"for the file say .{os.sep}{text}"
         )
-    try:
-        store.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {store.folder}: {error.strerror}") from error
+    store.make_folder()
     return path
+
+
+def session_name(path: Path) -> str:
+    """The name of the talk in a file of a sessions folder."""
+    return path.name.removesuffix(ENDING)
 
 
 def session_label(path: str | os.PathLike) -> str:
     """What to say after `--session` for a file: its name in the sessions folder, or its path."""
     path = Path(path)
-    return path.name.removesuffix(ENDING) if path.parent == sessions_folder() else str(path)
+    return session_name(path) if path.parent == sessions_folder() else str(path)
 
 
 # -- looking into a file ----------------------------------------------------------------------------
@@ -178,13 +212,11 @@ def session_label(path: str | os.PathLike) -> str:
 def inspect(path: Path) -> SessionInfo:
     """What a file says about itself; never raises for what is in it."""
     status = path.lstat()
-    name = path.name.removesuffix(ENDING)
+    name = session_name(path)
     facts = {"path": path, "bytes": status.st_size, "saved": status.st_mtime}
     if file := _unfinished_save_of(path):
-        name = file.removesuffix(ENDING)
-        return SessionInfo(
-            name, **facts, fault="a save that was cut short; the one before it stays"
-        )
+        fault = "a save that was cut short; the one before it stays"
+        return SessionInfo(session_name(Path(file)), **facts, fault=fault)
     if path.suffix != ENDING:
         return SessionInfo(name, **facts, fault="not a session file")
     try:

@@ -102,7 +102,7 @@ def test_a_talk_that_cannot_be_resumed_stops_the_start(tmp_path, capsys):
     (tmp_path / "monday.session").write_text("junk")
     flags = ["--model", "demo", "--sessions-dir", str(tmp_path), "--session", "monday"]
     assert main(["serve", *flags]) == 2
-    assert "--session monday: it cannot be resumed" in capsys.readouterr().err
+    assert "the talk 'monday' cannot be resumed" in capsys.readouterr().err
 
 
 def test_a_machine_without_a_network_has_no_address_in_it(monkeypatch):

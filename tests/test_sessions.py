@@ -127,7 +127,7 @@ def test_a_damaged_one_is_not_shown_but_explained(folder, capsys):
     folder.mkdir()
     (folder / "bad.session").write_bytes(b"x" * 100)
     assert main(["sessions", "show", "bad"]) == 2
-    assert "bad.session cannot be resumed: not a session" in capsys.readouterr().err
+    assert "the talk 'bad' cannot be resumed: not a session" in capsys.readouterr().err
 
 
 def test_what_is_no_name_is_refused_before_anything_is_loaded(folder, capsys):

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import UserError
-from ..session_store import ENDING, SessionStore
+from ..session_store import SessionStore, session_name
 from .common import (
     DEMO_NOTE,
     add_model_arguments,
@@ -100,10 +100,9 @@ def _usual(args: argparse.Namespace) -> str:
     if args.max_sessions != 1:
         raise UserError("--session is one talk: it goes with --max-sessions 1")
     store = SessionStore(args.sessions_dir)
-    path = store.path(args.session)
-    if os.path.lexists(path) and (fault := store.info(args.session).fault):
-        raise UserError(f"--session {args.session}: it cannot be resumed: {fault}")
-    return path.name.removesuffix(ENDING)
+    if store.has(args.session):
+        store.whole(args.session)
+    return session_name(store.path(args.session))
 
 
 def _load(args: argparse.Namespace, guard, limits):

@@ -14,7 +14,6 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import UserError
 from ..session_store import SessionInfo, SessionStore, last_words, memory_norms
 from ..transcript import NAMES
 from .screen import clock
@@ -78,9 +77,7 @@ def _table(found: list[SessionInfo]) -> Table:
 
 
 def _show(args: argparse.Namespace, store: SessionStore) -> None:
-    info = store.info(args.name)
-    if info.fault:
-        raise UserError(f"{info.path} cannot be resumed: {info.fault}")
+    info = store.whole(args.name)
     words, layers = last_words(info.path, LAST_WORDS), memory_norms(info.path)
     if args.json:
         shown = _plain(info) | {"last_words": [asdict(word) for word in words], "layers": layers}

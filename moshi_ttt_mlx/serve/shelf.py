@@ -1,6 +1,5 @@
 """Saved talks as a client sees them: names in one folder, for the model that is served."""
 
-import os
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ class Shelf:
 
     def is_there(self, name: str) -> bool:
         """Whether something has this name, be it damaged."""
-        return os.path.lexists(self._store.path(name))
+        return self._store.has(name)
 
     def find(self, name: object) -> Path:
         """The file of a saved talk.
@@ -30,10 +29,7 @@ class Shelf:
         Raises:
             UserError: there is none of that name, or it cannot be resumed.
         """
-        info = self._store.info(_text(name))
-        if info.fault:
-            raise UserError(f"the talk {info.name!r} cannot be resumed: {info.fault}")
-        return info.path
+        return self._store.whole(_text(name)).path
 
     def room(self, name: object) -> Path:
         """The path to save a talk to; makes the folder.
@@ -42,10 +38,7 @@ class Shelf:
             UserError: not a name, or the folder cannot be made.
         """
         path = self._store.path(_text(name))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {path.parent}: {error.strerror}") from error
+        self._store.make_folder()
         return path
 
     def list(self) -> list[dict]:
@@ -67,11 +60,6 @@ class Shelf:
             "model": info.model if whole else None,
             "age": round(info.seconds, 3) if whole else None,
         }
-
-
-def name_of(path: Path) -> str:
-    """The name of the talk that a file of `room` or `find` holds."""
-    return path.name.removesuffix(ENDING)
 
 
 def _text(name: object) -> str:

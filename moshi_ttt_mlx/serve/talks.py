@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..session_store import session_name
 from ..transcript import Transcript
 from ..user_words import Dialogue
 from .limits import Limits
 from .model_thread import ModelThread
 from .outbox import DONE, GOING_AWAY, INTERNAL
 from .places import OnPosition, Places
-from .shelf import Shelf, name_of
+from .shelf import Shelf
 from .sound import KeptSound
 from .talk import ServedTalk
 
@@ -85,7 +86,7 @@ class Talks:
                 return usual, None
             name = usual
         path = await _aside(self.shelf.find, name)
-        name = name_of(path)
+        name = session_name(path)
         if self._is_on(name):
             raise UserError(
                 f"the talk {name!r} is going on already: end it there, or wait a minute if it was left"
@@ -142,7 +143,7 @@ class Talks:
             UserError: not a name, another talk's, or the disk is full.
         """
         path = await _aside(self.shelf.room, name)
-        name = name_of(path)
+        name = session_name(path)
         if self._is_on(name, but=talk):
             raise UserError(f"the talk {name!r} is going on elsewhere: choose another name")
 
