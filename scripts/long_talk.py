@@ -26,7 +26,9 @@ from virtual_sound import VirtualSound, find_in_order, missing, samples
 
 import moshi_ttt_mlx
 from moshi_ttt_mlx.devices import Loudspeaker, Microphone, find_device
-from moshi_ttt_mlx.live import SILENT_LEVEL, Ended, Talk, Warned, level
+from moshi_ttt_mlx.frame_queues import SILENT_LEVEL
+from moshi_ttt_mlx.live import Ended, Talk, Warned
+from moshi_ttt_mlx.voice import level
 
 CLIP = Path(moshi_ttt_mlx.__file__).parent / "assets" / "demo_clip.flac"
 WALL = 4096

@@ -41,7 +41,7 @@ def test_the_answer_is_the_value_told_last(seed, kind):
     if kind == "talks":
         some = talks(rng, WORLD, 3, 60, MIX)
     elif kind == "decks":
-        some = decks(rng, World(keys=9, values=5, fillers=0 + 3), 3, 60)
+        some = decks(rng, World(keys=9, values=5, fillers=3), 3, 60)
         return check_decks(some)
     else:
         some = probe(rng, WORLD, 3, 40, kind, facts=4)
@@ -62,6 +62,12 @@ def check_decks(some):
         assert row[t + 1] == row[back] == some.targets[b, t]
         assert some.targets[b, t] in values
         assert row[t] not in row[back : t - 1]  # not told in between
+
+
+def test_the_second_round_of_a_deck_is_in_another_order():
+    some = decks(random.Random(0), World(), 4, 64)
+    # In the same order there would be one distance for each size of a deck, 3 to 7.
+    assert len(set(some.distances[some.targets >= 0])) > 5
 
 
 @settings(max_examples=30, deadline=None)

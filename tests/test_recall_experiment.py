@@ -78,6 +78,7 @@ def test_summary_is_mean_and_spread_over_seeds(tmp_path, plots, monkeypatch, cap
     row = document["variants"]["default"]
     assert row["recall"] == dict.fromkeys(report.DISTANCES, 0.95)
     assert row["std"]["recall"]["4W"] == pytest.approx(0.05)
+    assert row["command"].endswith("--variants default --seeds 0 1")
     assert (row["chance"], row["seeds"], row["cpu_seconds"]) == (0.25, [0, 1], [10, 10])
     page = (tmp_path / "evidence.md").read_text()
     assert "95.0 ± 5.0" in page

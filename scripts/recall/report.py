@@ -44,7 +44,10 @@ def write(work: Path, names: Sequence[str], chance: float, folder: Path) -> None
     images.mkdir(parents=True, exist_ok=True)
     document = {
         "about": _about(work),
-        "variants": {name: _summary(parts, chance) for name, parts in found.items()},
+        "variants": {
+            name: {"command": _command(name, parts)} | _summary(parts, chance)
+            for name, parts in found.items()
+        },
     }
     (folder / "evidence.json").write_text(json.dumps(document, indent=1) + "\n")
     if can_plot():
@@ -71,13 +74,20 @@ def _parts(work: Path, name: str) -> dict[int, dict]:
 def _about(work: Path) -> dict:
     bases = [json.loads(path.read_text()) for path in sorted(work.glob("seed_*/base.json"))]
     return {
-        "command": shlex.join(["python", "scripts/recall_experiment.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}, {_processor()}, one core a part",
         "mlx": mx.__version__,
         "window": WINDOW,
         "base_cpu_seconds": [round(base["cpu_seconds"]) for base in bases],
     }
+
+
+def _command(name: str, seeds: Iterable[int]) -> str:
+    """What trains and measures this variant."""
+    seeds = map(str, seeds)
+    return shlex.join(
+        ["python", "scripts/recall_experiment.py", "--variants", name, "--seeds", *seeds]
+    )
 
 
 def _processor() -> str:
