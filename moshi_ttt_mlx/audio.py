@@ -30,7 +30,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from moshi_ttt_mlx.errors import UserError
+from .errors import UserError
 
 SAMPLE_RATE = 24_000
 """Samples per second of everything past this file."""
@@ -41,6 +41,8 @@ FRAME_SIZE = 1_920
 FRAMES_PER_SECOND = SAMPLE_RATE / FRAME_SIZE
 
 FRAME_SECONDS = FRAME_SIZE / SAMPLE_RATE
+
+FRAME_MS = 1000 * FRAME_SIZE / SAMPLE_RATE
 
 FORMATS = "wav, flac, mp3 or ogg (vorbis or opus)"
 

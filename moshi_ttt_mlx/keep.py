@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import UserError
-from .live import USER
 from .recording import Recording
-from .transcript import Transcript
+from .transcript import USER, Transcript
 
 if TYPE_CHECKING:
     from .session import Session, SpokenFrame

@@ -1,8 +1,8 @@
 """A live talk: microphone -> queue -> one worker thread -> queue -> loudspeaker, in real time.
 
-What lives here: the two bounded queues and what they do when the model is late, and :class:`Talk`,
-which runs it all: mute, pause, and waiting for a device that was unplugged. What does not: sound
-devices (`devices.py`), noticing what is wrong (`watches.py`), files (`keep.py`), the screen.
+What lives here: :class:`Talk`, which runs it all: mute, pause, and waiting for a device that was
+unplugged. What does not: the queues (`frame_queues.py`), sound devices (`devices.py`), noticing what
+is wrong (`watches.py`), files (`keep.py`), the screen.
 
     talk = Talk(lambda: Session(load("demo")), microphone, loudspeaker)
     talk.start()
@@ -27,16 +27,20 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from .audio import FRAME_SIZE, SAMPLE_RATE
+from .audio import FRAME_MS, FRAME_SIZE, SAMPLE_RATE
 from .errors import UserError
+from .frame_queues import CUSHION_SAMPLES, HeardQueue, ReplyQueue
 from .quiet_start import QuietStart
+from .transcript import MOSHI, USER
 from .voice import level
 from .watches import (
     LAG_FRAMES,
     LAG_SECONDS,
+    MEMORY_BROKE,
     PATIENCE_SECONDS,
     DeviceWatch,
     Patience,
+    no_play_message,
     no_sound_message,
     too_slow_message,
 )
@@ -44,29 +48,6 @@ from .watches import (
 # The command line reads this file for its flags, and MLX takes a second to import.
 if TYPE_CHECKING:
     from .session import Session, SpokenFrame
-
-USER = "user"
-"""Who says what a `user_words.Dialogue` hears."""
-
-FRAME_MS = 1000 * FRAME_SIZE / SAMPLE_RATE
-
-MEMORY_BROKE = "the memory is no longer finite: it is shut, the talk goes on without it"
-
-HEARD_FRAMES = 12
-"""User frames that may wait for the model: about a second of speech survives a hiccup."""
-
-CUSHION_SAMPLES = FRAME_SIZE // 2
-"""Silence played ahead of the first reply, beside a loudspeaker's burst. A late frame adds its
-lateness, so a little is enough."""
-
-CALM_FRAMES = 3
-"""With more than this ahead of the loudspeaker, silent reply frames are left out to catch up."""
-
-REPLY_FRAMES = HEARD_FRAMES + CALM_FRAMES
-"""Reply frames that may wait to be played; only clocks that drift apart get there."""
-
-SILENT_LEVEL = -50.0
-"""A reply frame below this (dBFS) is silent: a codec's silence is not made of zeros."""
 
 MAX_WAIT_SECONDS = 300.0
 """A lost device is waited for so long: time to find the cable, not for ever."""
@@ -113,7 +94,7 @@ class Said:
 
     text: str
     time: float
-    speaker: str = "moshi"
+    speaker: str = MOSHI
 
 
 @dataclass(frozen=True)
@@ -218,89 +199,6 @@ class Status:
     paused: bool = False
     hushed: bool = False
     waiting_for: str | None = None
-
-
-# -- queues ---------------------------------------------------------------------------------------
-
-
-class HeardQueue:
-    """User frames on their way to the model. When it is full the oldest goes: late is worse."""
-
-    def __init__(self, limit: int = HEARD_FRAMES):
-        self.limit, self.dropped = limit, 0
-        self._frames: deque[np.ndarray] = deque()
-        self._changed = threading.Condition()
-
-    def __len__(self) -> int:
-        return len(self._frames)
-
-    def put(self, frame: np.ndarray) -> None:
-        with self._changed:
-            if len(self._frames) == self.limit:
-                self._frames.popleft()
-                self.dropped += 1
-            self._frames.append(frame)
-            self._changed.notify()
-
-    def clear(self) -> None:
-        """Forget what waits, uncounted: it is too old to be heard."""
-        with self._changed:
-            self._frames.clear()
-
-    def get(self, timeout: float) -> np.ndarray | None:
-        """The oldest frame; None when none came within `timeout` seconds."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._frames, timeout)
-            return self._frames.popleft() if self._frames else None
-
-
-class ReplyQueue:
-    """Reply sound on its way to the loudspeaker: frames in, any number of samples out.
-
-    Running dry plays silence, which delays all that follows by as much. So that a hiccup does not
-    last for the rest of the talk, silent frames are left out while too much waits.
-    """
-
-    def __init__(self, cushion: int = CUSHION_SAMPLES):
-        self.underruns = self.skipped = 0
-        self._cushion, self._begun, self._dry, self._finished = cushion, False, False, False
-        self._samples = np.empty(0, np.float32)
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        """Samples that wait."""
-        return len(self._samples)
-
-    def put(self, frame: np.ndarray) -> None:
-        with self._lock:
-            if not self._begun and not len(self):
-                self._samples = np.zeros(self._cushion, np.float32)
-            self._begun = True
-            silent = level(frame) < SILENT_LEVEL
-            if silent and len(self) > CALM_FRAMES * FRAME_SIZE:
-                self.skipped += 1
-                return
-            waiting = self._samples
-            if len(waiting) > (REPLY_FRAMES - 1) * FRAME_SIZE:
-                waiting = waiting[FRAME_SIZE:]
-                self.skipped += 1
-            self._samples = np.concatenate([waiting, frame])
-
-    def fetch(self, count: int) -> np.ndarray:
-        """The next samples, float32 `[count]`: silence before the first reply and when it is late."""
-        with self._lock:
-            taken, self._samples = self._samples[:count], self._samples[count:]
-            was_dry, self._dry = self._dry, len(taken) < count
-            self.underruns += self._dry and not was_dry and self._begun and not self._finished
-        return np.pad(taken, (0, count - len(taken)))
-
-    def rest(self) -> None:
-        """No frames will come for a while: until one does, running dry is right."""
-        self._begun = False
-
-    def finish(self) -> None:
-        """No more frames will come: running dry is right from here on."""
-        self._finished = True
 
 
 # -- the talk -------------------------------------------------------------------------------------
@@ -494,7 +392,7 @@ class Talk:
         """The silence that an stt model expects before the first sound."""
         self._first_frame = self.session.frame
         if self._first_frame == 0:
-            for _ in range(round(self.session.model.silence_prefix * 1000 / FRAME_MS)):
+            for _ in range(self.session.model.silence_frames):
                 self._step(np.zeros(FRAME_SIZE, np.float32))
         if self._quiet_start:
             self._quiet = QuietStart(self.session)
@@ -629,10 +527,9 @@ class Talk:
     def _check(self, watch: DeviceWatch) -> str | None:
         found = watch.check(self._clock())
         if found == "mute":
-            device = watch.device
-            message = f"the loudspeaker {device.name!r} takes no sound: choose another device"
-            if device is self._microphone:
-                message = no_sound_message(device.name, "no sound at all")
+            name, what = watch.device.name, "no sound at all"
+            is_deaf = watch.device is self._microphone
+            message = no_sound_message(name, what) if is_deaf else no_play_message(name)
             self.events.put(Warned(message))
         return found
 

@@ -63,11 +63,15 @@ class Model:
         return float(self._stt.get("audio_delay_seconds", 0.0))
 
     @property
-    def silence_prefix(self) -> float:
-        """Seconds of silence an stt model expects before the sound, in whole frames."""
+    def silence_frames(self) -> int:
+        """Frames of silence an stt model expects before the sound."""
         seconds = float(self._stt.get("audio_silence_prefix_seconds", 0.0))
-        frames = math.ceil(round(seconds / FRAME_SECONDS, 6))  # 0.24 / 0.08 is 3 and a little
-        return frames * FRAME_SECONDS
+        return math.ceil(round(seconds / FRAME_SECONDS, 6))  # 0.24 / 0.08 is 3 and a little
+
+    @property
+    def silence_prefix(self) -> float:
+        """The same in seconds."""
+        return self.silence_frames * FRAME_SECONDS
 
     @property
     def _stt(self) -> dict[str, Any]:

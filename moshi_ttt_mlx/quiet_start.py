@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .transcript import Transcript
+from .transcript import WORD_START, Transcript
 from .voice import VoiceGate
 
 if TYPE_CHECKING:
     from .session import Session, SpokenFrame
-
-_WORD_START = "\u2581"
 
 
 class QuietStart:
@@ -48,7 +46,7 @@ class QuietStart:
         spoken = self._step_unwritten(heard)
         if self.waits:
             return replace(spoken, text="", piece=None, codes=None, pcm=None)
-        if spoken.piece is None or not spoken.piece.startswith(_WORD_START):
+        if spoken.piece is None or not spoken.piece.startswith(WORD_START):
             return replace(spoken, text="", piece=None)
         self._wordless = False
         words = self._session.transcript.add(spoken.index, spoken.piece, self._session.speaker)

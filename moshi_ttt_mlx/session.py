@@ -29,11 +29,8 @@ from .generate import Frame, FrameGenerator
 from .memory import MODES, Mode
 from .model import Model
 from .session_store import FORMAT, VERSION
-from .transcript import Transcript
+from .transcript import MOSHI, USER, Transcript
 from .trees import under
-
-USER = "user"
-"""What a file calls the model that listens to the user (`user_words.py`)."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ class Session:
     @property
     def speaker(self) -> str:
         """Whose words the model writes: its own, or (stt) the user's."""
-        return "moshi" if self.model.speaks else "user"
+        return MOSHI if self.model.speaks else USER
 
     def reset(self) -> None:
         """Begin a new talk with the same settings; equal to a fresh session."""
@@ -256,7 +253,7 @@ class Session:
             UserError: not a session, a broken one, or one of another model, quantization or version.
         """
         tree, meta = read_session(Path(path))
-        if USER in meta:
+        if USER in meta:  # a model that listens to the user, see `user_words.py`
             name = json.loads(meta[USER])["model"]
             raise UserError(
                 f"{path}: this talk was held with --user-stt {name}: name it again, both go on "

@@ -20,8 +20,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from moshi_ttt_mlx.audio import FRAME_SECONDS, FRAMES_PER_SECOND, SAMPLE_RATE
-from moshi_ttt_mlx.errors import UserError
+from .audio import FRAME_SECONDS, FRAMES_PER_SECOND, SAMPLE_RATE
+from .errors import UserError
 
 FORMATS = ("txt", "json", "srt", "vtt")
 
@@ -31,7 +31,10 @@ LINE_CHARS = 42
 CUE_SECONDS = 6.0
 """A cue's longest time on screen."""
 
-NAMES = {"moshi": "Moshi", "user": "You"}
+MOSHI, USER = "moshi", "user"
+"""Who speaks."""
+
+NAMES = {MOSHI: "Moshi", USER: "You"}
 """What people read for a speaker; JSON keeps the speaker."""
 
 _CUE_LINES = 2
@@ -42,10 +45,12 @@ _LEAST_CUE_SECONDS = 1.0
 _STATE_VERSION = 1
 _JSON_VERSION = 1
 
-_WORD_START = "\u2581"
+WORD_START = "\u2581"
+"""SentencePiece's mark."""
+
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # What SentencePiece prints for its own symbols.
-_SYMBOLS = {"<unk>": f"{_WORD_START}\u2047 ", "<s>": "", "</s>": "", "<pad>": ""}
+_SYMBOLS = {"<unk>": f"{WORD_START}\u2047 ", "<s>": "", "</s>": "", "<pad>": ""}
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Transcript:
         self._done: list[_Stretch] = []
         self._voices: dict[str, _Voice] = {}
 
-    def add(self, frame: int, piece: str, speaker: str = "moshi") -> str | None:
+    def add(self, frame: int, piece: str, speaker: str = MOSHI) -> str | None:
         """Take one SentencePiece piece and return the text to print now.
 
         Args:
@@ -114,10 +119,10 @@ class Transcript:
         text = _decode(voice.decoder, piece)
         for character in text:
             self._take(voice, character, frame, speaker)
-        return text.replace(_WORD_START, " ") or None
+        return text.replace(WORD_START, " ") or None
 
     def _take(self, voice: _Voice, character: str, frame: int, speaker: str) -> None:
-        is_start = character == _WORD_START
+        is_start = character == WORD_START
         if is_start or character.isspace():
             self._close(voice)
             # A word's first piece may be the bare mark; a newline only ends the word before it.

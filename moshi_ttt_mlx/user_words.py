@@ -27,15 +27,8 @@ import numpy as np
 from .audio import FRAME_SECONDS, FRAME_SIZE, FRAMES_PER_SECOND
 from .errors import UserError
 from .model import Model
-from .session import (
-    USER,
-    Session,
-    SpokenFrame,
-    check_origin,
-    damage_named,
-    read_session,
-)
-from .transcript import Transcript
+from .session import Session, SpokenFrame, check_origin, damage_named, read_session
+from .transcript import USER, Transcript
 from .trees import under
 
 SILENCE = np.zeros(FRAME_SIZE, np.float32)
@@ -77,7 +70,7 @@ class Dialogue(Session):
         """The first moment of a talk: one transcript, and the silence that the listener expects."""
         self._left: tuple | None = None
         self.user.transcript = self.transcript
-        for _ in range(round(self.user.model.silence_prefix * FRAMES_PER_SECOND)):
+        for _ in range(self.user.model.silence_frames):
             self.user.step(SILENCE)
 
     def _new_transcript(self) -> Transcript:
@@ -190,7 +183,7 @@ def _common_encoder(a: Session, b: Session) -> Session | None:
 
     Silence that only one of them hears first makes two streams of sound of one, too.
     """
-    if a.model.silence_prefix != b.model.silence_prefix:
+    if a.model.silence_frames != b.model.silence_frames:
         return None
     kinds = [session.codec.state()[1] for session in (a, b)]
     if any(kinds[0][key] != kinds[1][key] for key in ("backend", "weights")):

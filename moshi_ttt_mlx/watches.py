@@ -6,7 +6,7 @@ not: the talk that asks them (`live.py`).
 
 from typing import Protocol
 
-from .audio import FRAME_SIZE, SAMPLE_RATE
+from .audio import FRAME_MS
 
 PATIENCE_SECONDS = 3.0
 """Exact zeros from the microphone, or nothing at all, for this long is no pause in speech."""
@@ -18,7 +18,7 @@ LAG_FRAMES = 4
 LAG_SECONDS = 5.0
 """The model is too slow when so many frames have waited all this time."""
 
-_FRAME_MS = 1000 * FRAME_SIZE / SAMPLE_RATE
+MEMORY_BROKE = "the memory is no longer finite: it is shut, the talk goes on without it"
 
 
 class Counted(Protocol):
@@ -80,9 +80,14 @@ def no_sound_message(name: str, what: str) -> str:
     )
 
 
+def no_play_message(name: str) -> str:
+    """What a user can do about a loudspeaker that never asks for sound."""
+    return f"the loudspeaker {name!r} takes no sound: choose another device"
+
+
 def too_slow_message(frame_ms: float, context: int) -> str:
     """What a user can do about a machine that does not keep up."""
     return (
-        f"this machine needs {frame_ms:.0f} ms a frame, {_FRAME_MS:.0f} are available: "
+        f"this machine needs {frame_ms:.0f} ms a frame, {FRAME_MS:.0f} are available: "
         f"try -q 4 or --context {max(1, context // 2)}"
     )

@@ -43,7 +43,13 @@ class FakeSession:
     ):
         transformer = SimpleNamespace(context=3000)
         lm = SimpleNamespace(cfg=SimpleNamespace(transformer=transformer))
-        self.model = SimpleNamespace(speaks=speaks, silence_prefix=prefix, lm=lm, memory=None)
+        self.model = SimpleNamespace(
+            speaks=speaks,
+            silence_frames=round(prefix / 0.08),
+            silence_prefix=prefix,
+            lm=lm,
+            memory=None,
+        )
         self.settings = SimpleNamespace(context=None)
         self.clock, self.cost, self.gate, self.fail_at = clock, cost, gate, fail_at
         self.breaks_at, self.hears = breaks_at, hears

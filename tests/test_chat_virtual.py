@@ -16,7 +16,8 @@ import soundfile
 from rich.text import Text
 
 import moshi_ttt_mlx
-from moshi_ttt_mlx.live import SILENT_LEVEL, level
+from moshi_ttt_mlx.frame_queues import SILENT_LEVEL
+from moshi_ttt_mlx.voice import level
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "scripts"))

@@ -134,7 +134,7 @@ def test_a_codec_on_mlx_stays_on_its_thread():
 class Interrupted(Talk):
     """A session as `transcribe` uses it, interrupted after its third frame."""
 
-    model = SimpleNamespace(speaks=True, silence_prefix=0.0)
+    model = SimpleNamespace(speaks=True, silence_frames=0)
     generator = SimpleNamespace(max_delay=0)
     transcript = SimpleNamespace(to_txt=lambda: "")
     frame = 0

@@ -16,25 +16,26 @@ from moshi_ttt_mlx import live
 from moshi_ttt_mlx.audio import FRAME_SIZE
 from moshi_ttt_mlx.devices import BURST_SECONDS
 from moshi_ttt_mlx.errors import UserError
-from moshi_ttt_mlx.live import (
+from moshi_ttt_mlx.frame_queues import (
     CUSHION_SAMPLES,
     HEARD_FRAMES,
-    MEMORY_BROKE,
     REPLY_FRAMES,
-    Ended,
     HeardQueue,
+    ReplyQueue,
+)
+from moshi_ttt_mlx.live import (
+    Ended,
     MemoryStatus,
     Noted,
-    Patience,
     Ready,
-    ReplyQueue,
     Said,
     Saved,
     Talk,
     Warned,
-    level,
     read_memory,
 )
+from moshi_ttt_mlx.voice import level
+from moshi_ttt_mlx.watches import MEMORY_BROKE, Patience
 
 WAIT = 120  # seconds until a test gives up; none waits so long unless it fails
 

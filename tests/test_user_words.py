@@ -70,7 +70,7 @@ def alone(model, pcm, before=0, after=0, **settings):
 
 
 def prefix(model):
-    return round(model.silence_prefix / 0.08)
+    return model.silence_frames
 
 
 @pairs

@@ -7,7 +7,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from ..live import FRAME_MS, MemoryStatus, Status
+from ..audio import FRAME_MS
+from ..live import MemoryStatus, Status
 from ..transcript import NAMES
 from .keys import Keys, foreground_terminal
 

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ..audio import FRAME_SIZE, FRAMES_PER_SECOND, FrameReader, WavWriter, iter_frames
 from ..errors import UserError
-from ..live import MEMORY_BROKE
 from ..transcript import FORMATS
+from ..watches import MEMORY_BROKE
 from .common import (
     DEMO_NOTE,
     add_model_arguments,
@@ -94,7 +94,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 def _padding(session) -> tuple[int, int]:
     """Frames of silence that an stt model needs before and after the recording."""
     model = session.model
-    before = round(model.silence_prefix * FRAMES_PER_SECOND) if session.frame == 0 else 0
+    before = model.silence_frames if session.frame == 0 else 0
     after = 0 if model.speaks else math.ceil((model.audio_delay + 1.0) * FRAMES_PER_SECOND)
     return before, after
 

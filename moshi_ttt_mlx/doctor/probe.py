@@ -9,11 +9,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..audio import FRAME_SIZE, SAMPLE_RATE, read_audio, to_mono
+from ..audio import FRAME_MS, FRAME_SIZE, SAMPLE_RATE, read_audio, to_mono
 from ..codec import Codec
 from ..config import lm_config
 from ..generate import FrameGenerator
-from ..live import FRAME_MS
 from ..model import mimi_shape, open_model_codec
 from ..session import Session
 from ..user_words import Dialogue

@@ -7,7 +7,7 @@ import numpy as np
 from ..audio import SAMPLE_RATE
 from ..devices import Loudspeaker, Microphone, find_device
 from ..voice import level
-from ..watches import no_sound_message
+from ..watches import no_play_message, no_sound_message
 from .case import Case
 from .finding import Finding
 
@@ -97,7 +97,7 @@ def check_loudspeaker(case: Case) -> Finding:
     finally:
         loudspeaker.stop()
     if not answered:
-        line = f"the loudspeaker {loudspeaker.name!r} takes no sound: choose another device"
+        line = no_play_message(loudspeaker.name)
         return Finding("loudspeaker", "problem", line, _facts(loudspeaker))
     line = f"{loudspeaker.name!r} ({loudspeaker.device.host}, {loudspeaker.rate} Hz) takes sound"
     return Finding("loudspeaker", "ok", line, _facts(loudspeaker))

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..live import HEARD_FRAMES
+from ..frame_queues import HEARD_FRAMES
 
 
 @dataclass(frozen=True)

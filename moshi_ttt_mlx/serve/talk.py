@@ -15,20 +15,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..audio import FRAME_SECONDS, FRAME_SIZE
+from ..audio import FRAME_MS, FRAME_SECONDS, FRAME_SIZE
 from ..errors import UserError
-from ..live import FRAME_MS, MEMORY_BROKE, HeardQueue, MemoryStatus, read_memory
-from ..transcript import Transcript
+from ..frame_queues import HeardQueue
+from ..live import MemoryStatus, read_memory
+from ..transcript import USER, Transcript
 from ..voice import level
-from ..watches import LAG_FRAMES, LAG_SECONDS, PATIENCE_SECONDS, Patience, too_slow_message
+from ..watches import (
+    LAG_FRAMES,
+    LAG_SECONDS,
+    MEMORY_BROKE,
+    PATIENCE_SECONDS,
+    Patience,
+    too_slow_message,
+)
 from .limits import Limits
 from .outbox import Event, Outbox
 from .sound import KeptSound
 
 if TYPE_CHECKING:
     from ..session import Session, SpokenFrame
-
-USER = "user"
 
 NO_SOUND = (
     f"your side has been exact silence for {PATIENCE_SECONDS:.0f} s: is the microphone muted, or not "
@@ -86,9 +92,8 @@ class ServedTalk:
         model, settings = session.model, session.settings
         self.mode = settings.memory
         self._context = settings.context or model.lm.cfg.transformer.context
-        # An stt model's words come late, and it expects silence before the first sound.
-        self._delays = session.transcript.state()["delays"]
-        self._prefix = 0 if session.frame else round(model.silence_prefix * 1000 / FRAME_MS)
+        # An stt model expects silence before the first sound.
+        self._prefix = 0 if session.frame else model.silence_frames
 
     # -- on the event loop
 
@@ -157,9 +162,11 @@ class ServedTalk:
         began = time.perf_counter()
         spoken = self.session.step(frame)
         self._pace.append(1000 * (time.perf_counter() - began))
-        self._frames = self.session.frame
+        reply = -100.0 if spoken.pcm is None else level(spoken.pcm)
+        # Before the client hears of the frame: a meter behind it has seen it.
+        self._frames, self._levels = self.session.frame, (level(frame), reply)
         self.sound.put(spoken, frame)
-        self._tell(spoken, frame)
+        self._tell(spoken)
         self._watch(spoken, frame)
 
     def _next_frame(self) -> np.ndarray:
@@ -168,17 +175,15 @@ class ServedTalk:
             return np.zeros(FRAME_SIZE, np.float32)
         return self._heard.get(0)
 
-    def _tell(self, spoken: "SpokenFrame", user: np.ndarray) -> None:
+    def _tell(self, spoken: "SpokenFrame") -> None:
         if spoken.pcm is not None:
             self.emit(spoken.pcm)
         for frame, speaker in ((spoken, self.session.speaker), (spoken.user, USER)):
             if frame is not None and frame.text:
                 self.emit(self._word(frame, speaker))
-        reply = -100.0 if spoken.pcm is None else level(spoken.pcm)
-        self._levels = level(user), reply
 
     def _word(self, spoken: "SpokenFrame", speaker: str) -> dict:
-        start = max(0.0, spoken.time - self._delays.get(speaker, 0.0))
+        start = self.session.transcript.time(spoken.index, speaker)
         return {
             "type": "word",
             "text": spoken.text,
