@@ -52,7 +52,7 @@ from moshi_ttt_mlx.train.loss import token_losses
 DISTANCES = {"2W": 64, "4W": 128, "8W": 256, "16W": 512}
 HOUR = 45_000  # frames of 80 ms
 DEFAULT = MemoryConfig(layers="top:1")
-BASES = {"base": TEXT, "spoken base": SPOKEN}
+BASES = {"base": (TEXT, 64), "spoken base": (SPOKEN, 32)}  # and talks in a batch
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,8 @@ def run_part(name: str, seed: int, work: Path, budget: Budget) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
     if name in BASES:
-        save_base(train_base(BASES[name], seed, budget), folder, name)
+        form, rows = BASES[name]
+        save_base(train_base(form, seed, replace(budget, base_rows=rows)), folder, name)
         part = {}
     elif name == "spoken":
         part = _run_spoken(seed, folder, budget)

@@ -27,12 +27,12 @@ def test_every_token_has_a_sound_of_its_own():
     np.testing.assert_array_equal(sounds[0], np.arange(WORLD.vocabulary))
 
 
-def test_moshi_answers_one_frame_after_the_key_and_the_user_never_does(some):
+def test_moshi_answers_when_it_has_heard_the_key_and_the_user_never_does(some):
     codes = spoken(some, WORLD, 8)
     assert codes.shape == (3, 17, some.inputs.shape[1])
     text, user = codes[:, 0], codes[:, 9]
     for row, place in np.argwhere(some.targets >= 0):
-        assert text[row, place + 1] == some.targets[row, place]
+        assert text[row, place + 2] == some.targets[row, place]
         assert user[row, place - 1] == WORLD.ask
         assert user[row, place] == some.inputs[row, place]
         assert user[row, place + 1] == WORLD.filler(0)

@@ -4,8 +4,9 @@ What lives here: how a token of the world sounds, a talk as codes, and asking a 
 through the generator, which feeds on what it says itself. What does not: the talks (`recall.py`).
 
 In frame `t` the user says one token. When that was the key of a question, Moshi's text stream says
-the value in frame `t + 1` and its codebooks sound like it; else it pads and is silent. The user does
-not say the answers: where a talk has one, there is filler.
+the value in frame `t + 2`, when it has heard all codes of the key, those with a delay too, and its
+codebooks sound like it; else it pads and is silent. The user does not say the answers: where a talk
+has one, there is filler.
 """
 
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from ..memory import Mode
 from .recall import Talks, World
 
 PADDING = 3
+ANSWER_AFTER = 2  # frames
 
 
 def voice(tokens: np.ndarray, codebooks: int) -> np.ndarray:
@@ -34,11 +36,14 @@ def voice(tokens: np.ndarray, codebooks: int) -> np.ndarray:
 
 def spoken(talks: Talks, world: World, codebooks: int) -> np.ndarray:
     """Talks as undelayed codes, int32 `[B, 1 + 2 * codebooks, T]`: text, Moshi's voice, the user's."""
-    text = np.full_like(talks.inputs, PADDING)
-    asked = talks.targets[:, :-1] >= 0
-    text[:, 1:] = np.where(asked, talks.targets[:, :-1], PADDING)
-    user = np.where(text == PADDING, talks.inputs, world.filler(0))
+    text = np.where(talks.targets >= 0, talks.targets, PADDING)
+    user = np.where(_later(text, 1) == PADDING, talks.inputs, world.filler(0))
+    text = _later(text, ANSWER_AFTER)
     return np.concatenate([text[:, None], voice(text, codebooks), voice(user, codebooks)], axis=1)
+
+
+def _later(text: np.ndarray, frames: int) -> np.ndarray:
+    return np.pad(text, ((0, 0), (frames, 0)), constant_values=PADDING)[:, :-frames]
 
 
 class Heard(NamedTuple):
@@ -80,10 +85,10 @@ def talk_answers(lm: Lm, talks: Talks, world: World, window: int, mode: Mode = "
             text[:, frame] = said
         if codes_made is not None:
             sound[:, :, frame - delay] = codes_made
-    asked = np.zeros_like(talks.far)
-    asked[:, 1:] = talks.targets[:, :-1] >= 0
+    asked = codes[:, 0] != PADDING
     right = (text == codes[:, 0]) & asked
     heard = right & (sound == codes[:, 1 : 1 + codebooks]).all(axis=1)
     silent = float((text == PADDING)[~asked].mean())
     # Back to the frame of the question, where `Talks` has it.
-    return Heard(np.roll(right, -1, axis=1), np.roll(heard, -1, axis=1), silent)
+    right, heard = (np.roll(x, -ANSWER_AFTER, axis=1) for x in (right, heard))
+    return Heard(right, heard, silent)

@@ -110,7 +110,7 @@ class Budget:
     """How much training and measuring.
 
     Args:
-        base_steps, base_rows, base_rate: of the model; talks of 64 tokens.
+        base_steps, base_rows, base_rate: of the model's training, on talks of 64 tokens.
         warm_steps: of the memory, on talks of 96 tokens, then
         steps: on talks of 192 tokens.
         rows, rate: of the memory's batches.
@@ -129,7 +129,7 @@ class Budget:
     hour_rows: int = 8
 
 
-FULL, QUICK = Budget(), Budget(4, 4, 1e-2, 2, 2, 2, 6e-3, 2, 0)
+FULL, QUICK = Budget(), Budget(4, 4, 3e-3, 2, 2, 2, 6e-3, 2, 0)
 
 
 def new_model(form: Format) -> Lm:
