@@ -13,7 +13,7 @@ from moshi_mlx.models import Lm, LmConfig, MimiConfig
 from moshi_mlx.modules.conditioner import LutConditioner
 from moshi_mlx.utils import Sampler
 
-from .audio import FRAME_SECONDS
+from .audio import FRAME_SECONDS, FRAMES_PER_SECOND
 from .codec import Backend, Codec, mimi_config_from_dict, open_codec
 from .config import build_lm, lm_config
 from .errors import UserError
@@ -24,6 +24,7 @@ from .weights import load_lm_weights
 
 MIMI_BINS = 2048  # codes of Kyutai's Mimi
 NOT_PRINTED = (0, 3)  # end of padding, padding
+LAST_WORDS_SECONDS = 1.0  # beyond a model's delay: the last word may have several pieces
 
 
 @dataclass
@@ -69,8 +70,14 @@ class Model:
         return math.ceil(round(seconds / FRAME_SECONDS, 6))  # 0.24 / 0.08 is 3 and a little
 
     @property
+    def trailing_frames(self) -> int:
+        """Frames of silence that bring out an stt model's last words."""
+        seconds = self.audio_delay + LAST_WORDS_SECONDS
+        return math.ceil(round(seconds * FRAMES_PER_SECOND, 6))
+
+    @property
     def silence_prefix(self) -> float:
-        """The same in seconds."""
+        """`silence_frames` in seconds."""
         return self.silence_frames * FRAME_SECONDS
 
     @property

@@ -17,14 +17,13 @@ the 8: where both models have the same codec it encodes once, with as many as th
 """
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from .audio import FRAME_SECONDS, FRAME_SIZE, FRAMES_PER_SECOND
+from .audio import FRAME_SECONDS, FRAME_SIZE
 from .errors import UserError
 from .model import Model
 from .session import Session, SpokenFrame, check_origin, damage_named, read_session
@@ -32,8 +31,6 @@ from .transcript import USER, Transcript
 from .trees import under
 
 SILENCE = np.zeros(FRAME_SIZE, np.float32)
-LAST_WORDS_SECONDS = 1.0
-"""Beyond the model's delay: the last word may have several pieces."""
 
 
 class Dialogue(Session):
@@ -126,9 +123,8 @@ class Dialogue(Session):
             The listener's frames.
         """
         self._left = self.parts()
-        seconds = self.user.model.audio_delay + LAST_WORDS_SECONDS
-        frames = math.ceil(round(seconds * FRAMES_PER_SECOND, 6))
-        return [self.user.step(self._heard(SILENCE)) for _ in range(frames)]
+        frames = range(self.user.model.trailing_frames)
+        return [self.user.step(self._heard(SILENCE)) for _ in frames]
 
     # -- save and resume ----------------------------------------------------------------------
 
@@ -176,6 +172,21 @@ class Dialogue(Session):
         self._joined_at = self.frame
         delays = words["delays"] | {self.user.speaker: self._trail}
         self.transcript = Transcript.from_state(words | {"delays": delays})
+
+
+def open_talk(
+    model: Model, listener: Model | None = None, path: str | Path | None = None, **settings
+) -> Session:
+    """A `Dialogue` where there is a listener, else a `Session`.
+
+    Args:
+        path: of a saved talk to go on with; it keeps its settings. None begins a new one.
+
+    Raises:
+        UserError: as theirs.
+    """
+    kind, models = (Session, (model,)) if listener is None else (Dialogue, (model, listener))
+    return kind(*models, **settings) if path is None else kind.load(path, *models)
 
 
 def _common_encoder(a: Session, b: Session) -> Session | None:

@@ -6,7 +6,6 @@ is waited for; exit status 1 when it stays away; all is saved then, too.
 """
 
 import argparse
-import os
 import queue
 import signal
 import sys
@@ -29,6 +28,7 @@ from .common import (
     add_talk_arguments,
     add_user_stt_argument,
     check_folders,
+    leave_at_once,
     load_model,
     load_user_stt,
     open_session,
@@ -80,19 +80,8 @@ def run(args: argparse.Namespace) -> int:
     transcripts = {kind: path for kind in FORMATS if (path := getattr(args, kind))}
     keeper = Keeper(args.record, transcripts, lambda message: talk.events.put(Warned(message)))
     screen, console, keys = make_screen()
-
-    def begin():
-        models = load_model(args, console), load_user_stt(args, console)
-        session = open_session(args, models[0], console, models[1])
-        if args.no_greeting and not session.model.speaks:
-            raise UserError(f"{session.model.name} only writes: leave out --no-greeting")
-        with console.status("warming up"):
-            session.warm_up()
-        keeper.begin(session)
-        return session
-
     talk = Talk(
-        begin,
+        lambda: _begin(args, console, keeper),
         microphone,
         loudspeaker,
         on_frame=keeper.put,
@@ -105,13 +94,23 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _chat(args, talk, keeper, screen, console, keys)
     except KeyboardInterrupt:
-        # The worker may be inside MLX, where no exception reaches it: leave without it.
         console.show_cursor()
         keys.restore()
-        print("\nmoshi-ttt-mlx: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
+        leave_at_once()
     finally:
         talk.close()
+
+
+def _begin(args, console: Console, keeper: Keeper):
+    """The session, ready for its first frame; on the talk's own thread."""
+    models = load_model(args, console), load_user_stt(args, console)
+    session = open_session(args, models[0], console, models[1])
+    if args.no_greeting and not session.model.speaks:
+        raise UserError(f"{session.model.name} only writes: leave out --no-greeting")
+    with console.status("warming up"):
+        session.warm_up()
+    keeper.begin(session)
+    return session
 
 
 def _chat(args, talk, keeper, screen, console, keys) -> int:

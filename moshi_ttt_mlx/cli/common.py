@@ -1,7 +1,11 @@
 """What several verbs share: model and talk flags, loading with a visible step, session files."""
 
 import argparse
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -108,7 +112,7 @@ def load_model(args: argparse.Namespace, console: Console):
         tokenizer=args.tokenizer,
         lm_config=args.lm_config,
         quantized=args.quantized,
-        progress=lambda message: console.print(message, style="dim", highlight=False),
+        progress=_noting(console),
     )
     with console.status("loading") as status:
         return load_files(files, args.adapter_path, args.codec, status.update)
@@ -121,12 +125,13 @@ def load_user_stt(args: argparse.Namespace, console: Console):
 
     if args.user_stt is None:
         return None
-    files = find_files(
-        args.user_stt,
-        progress=lambda message: console.print(message, style="dim", highlight=False),
-    )
+    files = find_files(args.user_stt, progress=_noting(console))
     with console.status("loading the model for your words") as status:
         return load_files(files, codec=args.codec, progress=status.update)
+
+
+def _noting(console: Console) -> Callable[[str], None]:
+    return lambda message: console.print(message, style="dim", highlight=False)
 
 
 def _calm_huggingface_hub(verbose: bool, quiet: bool) -> None:
@@ -140,9 +145,9 @@ def _calm_huggingface_hub(verbose: bool, quiet: bool) -> None:
 
 def talk_settings(args: argparse.Namespace) -> dict:
     """The keyword arguments of `Session`."""
-    names = ("seed", "temp", "text_temp", "top_k", "text_top_k", "cfg_coef", "context", "sinks")
-    names += ("memory",)
-    return {name: getattr(args, name) for name in names} | {"conditions": _conditions(args)}
+    sampling = ("seed", "temp", "text_temp", "top_k", "text_top_k", "cfg_coef")
+    settings = {name: getattr(args, name) for name in (*sampling, "context", "sinks", "memory")}
+    return settings | {"conditions": _conditions(args)}
 
 
 def _conditions(args: argparse.Namespace) -> dict[str, str] | None:
@@ -160,15 +165,13 @@ def open_session(args: argparse.Namespace, model, console: Console, listener=Non
     Args:
         listener: a model for the user's words: then the talk is a `Dialogue`.
     """
-    from ..session import Session
-    from ..user_words import Dialogue
+    from ..user_words import open_talk
 
     if args.steps is not None:
         console.print("--steps is not needed: a talk has no limit here", style="dim")
-    kind, models = (Dialogue, (model, listener)) if listener else (Session, (model,))
     if args.session and Path(args.session).exists():
         with console.status(f"resuming {session_label(args.session)}"):
-            session = kind.load(args.session, *models)
+            session = open_talk(model, listener, args.session)
         seconds = session.frame * FRAME_SECONDS
         console.print(f"resumed at {seconds // 60:.0f}:{seconds % 60:04.1f}", style="dim")
         if ignored := _ignored(talk_settings(args), session.settings):
@@ -176,7 +179,7 @@ def open_session(args: argparse.Namespace, model, console: Console, listener=Non
                 f"a resumed talk keeps its settings: {', '.join(ignored)} not used", style="yellow"
             )
         return session
-    return kind(*models, **talk_settings(args))
+    return open_talk(model, listener, **talk_settings(args))
 
 
 def _ignored(asked: dict, kept) -> list[str]:
@@ -187,6 +190,12 @@ def _ignored(asked: dict, kept) -> list[str]:
         for name, value in asked.items()
         if value not in (getattr(usual, name), getattr(kept, name))
     ]
+
+
+def leave_at_once() -> NoReturn:
+    """End the program where its worker may be inside MLX, where no exception reaches it."""
+    print("\nmoshi-ttt-mlx: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def check_folders(*paths: str | None) -> None:

@@ -5,7 +5,6 @@ browsers give a microphone to encrypted pages only. Ctrl-C ends all talks; docs/
 """
 
 import argparse
-import os
 import socket
 import ssl
 import sys
@@ -21,6 +20,7 @@ from .common import (
     add_model_arguments,
     add_talk_arguments,
     add_user_stt_argument,
+    leave_at_once,
     load_model,
     load_user_stt,
     talk_settings,
@@ -111,18 +111,16 @@ def _load(args: argparse.Namespace, guard, limits):
     from ..serve.info import describe
     from ..serve.model_thread import ModelThread
     from ..serve.shelf import Shelf
-    from ..session import Session
-    from ..user_words import Dialogue
+    from ..user_words import open_talk
 
     console, defaults, thread = Console(stderr=True), talk_settings(args), ModelThread()
     store = SessionStore(args.sessions_dir)
 
     def load():
         model, listener = load_model(args, console), load_user_stt(args, console)
-        kind, models = (Dialogue, (model, listener)) if listener else (Session, (model,))
 
-        def open_session(settings: dict, path: Path | None) -> Session:
-            session = kind.load(path, *models) if path else kind(*models, **settings)
+        def open_session(settings: dict, path: Path | None):
+            session = open_talk(model, listener, path, **settings)
             session.warm_up()
             return session
 
@@ -134,9 +132,7 @@ def _load(args: argparse.Namespace, guard, limits):
     try:
         open_session, fingerprint, info = thread.call(load).result()
     except KeyboardInterrupt:
-        # The thread may be inside MLX, where no exception reaches it: leave without it.
-        print("\nmoshi-ttt-mlx: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
+        leave_at_once()
     except BaseException:
         thread.close()
         raise

@@ -6,7 +6,6 @@ progress bar and messages go to stderr.
 
 import argparse
 import itertools
-import math
 import sys
 import time
 from contextlib import ExitStack, nullcontext
@@ -95,7 +94,7 @@ def _padding(session) -> tuple[int, int]:
     """Frames of silence that an stt model needs before and after the recording."""
     model = session.model
     before = model.silence_frames if session.frame == 0 else 0
-    after = 0 if model.speaks else math.ceil((model.audio_delay + 1.0) * FRAMES_PER_SECOND)
+    after = 0 if model.speaks else model.trailing_frames
     return before, after
 
 

@@ -15,7 +15,7 @@ from ..config import lm_config
 from ..generate import FrameGenerator
 from ..model import mimi_shape, open_model_codec
 from ..session import Session
-from ..user_words import Dialogue
+from ..user_words import Dialogue, open_talk
 from ..voice import level
 from ..watches import too_slow_message
 from .case import Case, NotDownloaded
@@ -121,8 +121,7 @@ def _open_session(case: Case) -> Session:
     for chosen in case.models:
         case.progress(f"loading {chosen.name}")
         models.append(chosen.model)
-    kind = Session if case.user_stt is None else Dialogue
-    return kind(*models, context=case.context)
+    return open_talk(*models, context=case.context)
 
 
 def _context(session: Session) -> int:
