@@ -10,9 +10,6 @@ from ..errors import UserError
 from .limits import Limits
 from .outbox import Event
 
-MAX_SAMPLES = 65_536
-"""In one message: 2.7 seconds."""
-
 
 class Wire(Protocol):
     """One protocol of one connection.
@@ -60,10 +57,8 @@ def clean(samples: np.ndarray) -> np.ndarray:
 
 
 def _samples(data: bytes) -> np.ndarray:
-    if len(data) % 4 or len(data) > 4 * MAX_SAMPLES:
-        raise UserError(
-            f"expected float32 samples (4 bytes each, {MAX_SAMPLES} at most), got {len(data)} bytes"
-        )
+    if len(data) % 4:
+        raise UserError(f"expected float32 samples of 4 bytes each, got {len(data)} bytes")
     return clean(np.frombuffer(data, "<f4"))
 
 
