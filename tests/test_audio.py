@@ -116,7 +116,7 @@ def test_opus_read_in_blocks_equals_opus_read_at_once(tmp_path):
     assert np.array_equal(read_audio(path).samples[0], np.clip(at_once, -1, 1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     count=st.integers(0, 9000),
     rate=st.sampled_from([8000, 16000, 24000, 44100]),
@@ -243,7 +243,7 @@ def test_what_is_not_audio_is_said_in_one_line(tmp_path, what, suffix):
         assert "\n" not in message
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.binary(max_size=400), head=st.sampled_from([b"", b"RIFF", b"fLaC", b"OggS", b"ID3"]))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, data, head):
     path = tmp_path_factory.mktemp("a") / "a.mp3"

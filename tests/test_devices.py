@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soxr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moshi_ttt_mlx import devices
@@ -117,7 +117,6 @@ def cut(samples, sizes):
 # ---- resampling
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(
     st.sampled_from(RATES),
     st.sampled_from(RATES),
@@ -152,7 +151,6 @@ def test_24_khz_is_not_touched():
     assert np.array_equal(Resampler(SAMPLE_RATE, SAMPLE_RATE)(samples), samples)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 5000), max_size=10))
 def test_frames_hold_every_sample_in_order(sizes):
     samples = np.arange(sum(sizes), dtype=np.float32)

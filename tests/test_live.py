@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fake_talk import SILENCE, Clock, EagerDevice, FakeDevice, FakeSession, PlayingDevice, voice
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moshi_ttt_mlx import live
@@ -95,7 +95,6 @@ def stage():
 # ---- queues
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(st.integers(1, 5), st.lists(st.booleans()))
 def test_a_full_queue_drops_its_oldest_frame_and_counts_it(limit, puts):
     frames, model, dropped = HeardQueue(limit), [], 0
@@ -200,7 +199,6 @@ def test_a_talk_plays_so_much_ahead():
     assert len(replies) == CUSHION_SAMPLES + 1000 + FRAME_SIZE
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.integers(0, 2500), max_size=30))
 def test_every_reply_sample_is_played_in_order(fetches):
     replies, put, out = ReplyQueue(cushion=100), [], []

@@ -4,25 +4,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import nn
+from open_memory import CONFIG, save_open_memory
 from test_session import assert_same, sound, talk
 
-from moshi_ttt_mlx import MemoryConfig, Session, UserError, load
+from moshi_ttt_mlx import Session, UserError, load
 from moshi_ttt_mlx.cli import main
-from moshi_ttt_mlx.surgery import add_memory, find_memory, save_adapter
-
-CONFIG = MemoryConfig(layers="top:2", heads=2, head_dim=8, hidden=16, mini_batch=4, window=20)
+from moshi_ttt_mlx.surgery import find_memory
 
 
 @pytest.fixture(scope="module")
 def adapter_path(tmp_path_factory):
     """A memory with open gates for the demo model."""
-    mx.random.seed(2)
-    adapter = add_memory(load("demo").lm, CONFIG)
-    for memory in adapter.memories.values():
-        memory.gate = 3 * mx.random.normal(memory.gate.shape)
-    folder = tmp_path_factory.mktemp("adapter")
-    save_adapter(adapter, folder)
-    return str(folder)
+    return save_open_memory(tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from fake_talk import FakeSession
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moshi_ttt_mlx import Session, load
@@ -61,7 +61,6 @@ def test_a_room_that_grows_louder_slowly_is_a_room():
     assert not gate.is_open
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.floats(-100, -51), max_size=60))
 def test_nothing_below_the_least_level_is_speech(levels):
     gate = VoiceGate()

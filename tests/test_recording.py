@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 from fake_talk import SILENCE, voice
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moshi_ttt_mlx import recording
@@ -152,7 +152,6 @@ def test_a_word_is_whole_though_another_speaks_meanwhile(tmp_path):
     ) == ["0:01.0 moshi: Hello", "0:01.1 user: yes", "0:01.3 moshi: you"]
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.tuples(st.sampled_from([" a", "b", " \u00e9", "."]), st.booleans())))
 def test_every_character_is_kept_once_and_in_a_speaker_s_order(tmp_path_factory, pieces):
     folder = tmp_path_factory.mktemp("log")

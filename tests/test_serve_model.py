@@ -4,18 +4,17 @@ import asyncio
 import json
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
 from mimi_checkpoints import sound
+from open_memory import save_open_memory
 from serve_client import Talker, async_test, serving
 
-from moshi_ttt_mlx import MemoryConfig, Session, load
+from moshi_ttt_mlx import Session, load
 from moshi_ttt_mlx.audio import WavWriter
 from moshi_ttt_mlx.serve.info import describe
 from moshi_ttt_mlx.serve.limits import Limits
-from moshi_ttt_mlx.surgery import add_memory, save_adapter
 from moshi_ttt_mlx.user_words import Dialogue
 
 DOCS = Path(__file__).parents[1] / "docs" / "server.md"
@@ -223,13 +222,7 @@ async def test_a_talk_of_the_served_model_fits(tmp_path):
 
 @async_test
 async def test_the_memory_shows_in_the_meter_and_can_be_frozen(tmp_path):
-    mx.random.seed(2)
-    config = MemoryConfig(layers="top:2", heads=2, head_dim=8, hidden=16, mini_batch=4, window=20)
-    adapter = add_memory(load("demo").lm, config)
-    for memory in adapter.memories.values():
-        memory.gate = 3 * mx.random.normal(memory.gate.shape)
-    save_adapter(adapter, tmp_path / "adapter")
-    models, pcm = Models("demo", adapter_path=str(tmp_path / "adapter")), frames(48)
+    models, pcm = Models("demo", adapter_path=save_open_memory(tmp_path / "adapter")), frames(48)
     async with serving(tmp_path / "sessions", models) as client:
         talker = await Talker.begin(client)
         await in_pieces(talker, pcm[:16])

@@ -256,7 +256,7 @@ def test_a_packet_without_an_end_is_not_kept_for_ever():
 
 
 @given(at=st.integers(0, 2000), junk=st.binary(min_size=1, max_size=60), whole=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_broken_pages_raise_nothing_else(at, junk, whole):
     """Whatever comes, the answer is samples of a bounded number or a `UserError`."""
     wire, writer = ChatWire(Limits()), sphn.OpusStreamWriter(24_000)

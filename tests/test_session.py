@@ -58,7 +58,7 @@ def test_codes_in_place_of_sound(model):
     assert_same(talk(Session(model), codes), talk(Session(model), pcm))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(at=st.integers(1, 44))
 def test_resumed_equals_uninterrupted(model, tmp_path_factory, at):
     path = tmp_path_factory.mktemp("s") / "talk.session"

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_session import sound, talk
 
@@ -87,7 +87,6 @@ def test_what_is_no_name_is_refused(store, name):
         store.path(name)
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(st.text(max_size=30))
 def test_no_text_leads_out_of_the_folder(text):
     store = SessionStore("/a/folder")

@@ -56,13 +56,13 @@ def open_page(browser, launch):
 
     def open_page(url, *, of=browser, script="", allow=True, ready=True, **options):
         context = of.new_context(permissions=["microphone"] if allow else [], **options)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(60_000)
         context.add_init_script(WATCH_POLICY + TAP + script)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url)
         if ready:
-            expect(page.locator("#start")).to_be_enabled(timeout=15_000)
+            expect(page.locator("#start")).to_be_enabled(timeout=60_000)
         pages.append(page)
         return page
 

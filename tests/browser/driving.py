@@ -4,7 +4,7 @@ import pytest
 from playwright.sync_api import expect
 
 CLEAN_UP = ("echoCancellation", "noiseSuppression", "autoGainControl")
-PATIENCE_MS = 15_000
+PATIENCE_MS = 60_000
 
 __all__ = ["CLEAN_UP", "expect", "expect_state", "notice", "start", "wait_for"]
 

@@ -9,13 +9,10 @@ import time
 import urllib.error
 import urllib.request
 
-import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
-
-from moshi_ttt_mlx import MemoryConfig, load
-from moshi_ttt_mlx.surgery import add_memory, save_adapter
+from open_memory import save_open_memory
 
 from .chromium import NEEDS_CHROMIUM, RATE, played, resemblance
 
@@ -25,8 +22,6 @@ pytest.importorskip("playwright", reason="needs playwright: pip install playwrig
 from .driving import CLEAN_UP, expect, expect_state, notice, start, wait_for
 
 pytestmark = NEEDS_CHROMIUM
-
-CONFIG = MemoryConfig(layers="top:2", heads=2, head_dim=8, hidden=16, mini_batch=4, window=20)
 
 # Lets a test break the line as a network does.
 CATCH_SOCKETS = """
@@ -40,13 +35,7 @@ window.WebSocket = class extends WebSocket {
 @pytest.fixture(scope="module")
 def adapter_path(tmp_path_factory):
     """A memory with open gates, untrained, for the demo model."""
-    mx.random.seed(2)
-    adapter = add_memory(load("demo").lm, CONFIG)
-    for memory in adapter.memories.values():
-        memory.gate = 3 * mx.random.normal(memory.gate.shape)
-    folder = tmp_path_factory.mktemp("adapter")
-    save_adapter(adapter, folder)
-    return str(folder)
+    return save_open_memory(tmp_path_factory.mktemp("adapter"))
 
 
 def free_port():
