@@ -31,7 +31,8 @@ class Recording:
     """The sound and the words of one sitting.
 
     The WAV holds what a listener hears: left the reply that came with a step, right the user's frame
-    of that step. The times of the words are those of the WAV.
+    of that step. The times of the words are those of the WAV: of the step that wrote them or, for the
+    user's words beside Moshi's, of their sound.
 
     Args:
         folder: made if its parent exists; earlier recordings in it stay.
@@ -64,10 +65,12 @@ class Recording:
     def write(self, text: str, time: float, speaker: str) -> None:
         """Words with the time of their sound in the talk, which the latest frame may be ahead of.
 
+        Without a frame there is no recording for them.
+
         Raises:
             UserError: as `take`.
         """
-        if text:
+        if text and self._began is not None:
             self._words.add(text, max(0.0, time - self._began), speaker, self._now)
 
     def settle(self) -> None:

@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 import safetensors
 
-from .audio import FRAME_SECONDS
+from .audio import FRAME_SECONDS, FRAME_SIZE
 from .codec import finite
 from .errors import UserError
 from .generate import Frame, FrameGenerator
@@ -31,6 +31,9 @@ from .model import Model
 from .session_store import FORMAT, VERSION
 from .transcript import MOSHI, USER, Transcript
 from .trees import under
+
+SILENCE = np.zeros(FRAME_SIZE, np.float32)
+"""A frame of sound in which nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Session:
         )
         self.codec = model.new_codec()
         self.transcript = self._new_transcript()
+        self._left: tuple | None = None  # what a finished talk is saved as
 
     def _new_transcript(self) -> Transcript:
         return Transcript({self.speaker: self.model.audio_delay + self.model.silence_prefix})
@@ -138,6 +142,7 @@ class Session:
         self.generator.reset()
         self.codec.reset()
         self.transcript = self._new_transcript()
+        self._left = None
 
     def warm_up(self) -> None:
         """Do now what the first frames would wait for; the talk stays where it is, bit for bit."""
@@ -156,16 +161,32 @@ class Session:
                 count as silence.
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape, or a talk that is finished.
         """
-        user = np.asarray(user)
+        self._check_unfinished()
+        return self._step(np.asarray(user))
+
+    def _check_unfinished(self) -> None:
+        if self._left is not None:
+            raise ValueError("[Session] the talk is finished: reset it, or load it again")
+
+    def _step(self, user: np.ndarray) -> SpokenFrame:
         codes = user if np.issubdtype(user.dtype, np.integer) else self.listen(user)
         user_codes = codes[None, : self.model.lm.cfg.other_codebooks]
         return self._spoken(self.generator.step(user_codes))
 
     def finish(self) -> list[SpokenFrame]:
-        """What is still to be written down of the user's words: of a `user_words.Dialogue`'s."""
-        return []
+        """Bring out the user's last words, which trail: silence for the model that writes them.
+
+        The talk has no more steps after that, where there is one; `save` writes it as it was before.
+
+        Returns:
+            Its frames; none of a model that speaks.
+        """
+        if self.model.speaks:
+            return []
+        self._left = self.parts()
+        return [self._step(SILENCE) for _ in range(self.model.trailing_frames)]
 
     def listen(self, pcm: np.ndarray) -> np.ndarray:
         """The codes of the next frame of the user's sound: the first half of `step`.
@@ -229,6 +250,8 @@ class Session:
 
     def parts(self) -> tuple[dict[str, mx.array], dict[str, str]]:
         """What a session file holds: arrays by name, and text by name."""
+        if self._left is not None:
+            return self._left
         arrays, counters = self.generator.state()
         sound, codec_meta = self.codec.state()
         tree = {f"generator.{name}": a for name, a in arrays.items()}

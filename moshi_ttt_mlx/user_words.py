@@ -23,14 +23,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .audio import FRAME_SECONDS, FRAME_SIZE
+from .audio import FRAME_SECONDS
 from .errors import UserError
 from .model import Model
-from .session import Session, SpokenFrame, check_origin, damage_named, read_session
+from .session import SILENCE, Session, SpokenFrame, check_origin, damage_named, read_session
 from .transcript import USER, Transcript
 from .trees import under
-
-SILENCE = np.zeros(FRAME_SIZE, np.float32)
 
 
 class Dialogue(Session):
@@ -65,7 +63,6 @@ class Dialogue(Session):
 
     def _begin(self) -> None:
         """The first moment of a talk: one transcript, and the silence that the listener expects."""
-        self._left: tuple | None = None
         self.user.transcript = self.transcript
         for _ in range(self.user.model.silence_frames):
             self.user.step(SILENCE)
@@ -102,8 +99,7 @@ class Dialogue(Session):
         Raises:
             ValueError: another shape, or a talk that is finished.
         """
-        if self._left is not None:
-            raise ValueError("[Dialogue] the talk is finished: reset it, or load it again")
+        self._check_unfinished()
         user = self._heard(user)
         words = self.user.step(user)
         return replace(super().step(user), user=words)
@@ -115,13 +111,7 @@ class Dialogue(Session):
         return self._encoder.listen(np.asarray(user))
 
     def finish(self) -> list[SpokenFrame]:
-        """Bring out the user's last words, which trail: silence, for the listener alone.
-
-        The talk has no more steps after that; `save` writes it as it was before.
-
-        Returns:
-            The listener's frames.
-        """
+        """As `Session.finish`: silence for the listener alone."""
         self._left = self.parts()
         frames = range(self.user.model.trailing_frames)
         return [self.user.step(self._heard(SILENCE)) for _ in frames]

@@ -66,6 +66,13 @@ def test_words_that_came_late_have_the_time_of_their_sound_and_stay_whole(tmp_pa
     assert lines == ["0:01.9 moshi: x", "0:00.0 user: Hello there"]
 
 
+def test_words_without_a_frame_are_no_recording(tmp_path):
+    one = Recording(tmp_path)
+    one.write(" late", 0.0, "user")
+    one.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_older_recording_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(recording.time, "strftime", lambda text: "talk-x")
     (tmp_path / "talk-x-3.txt").write_text("words alone")

@@ -308,8 +308,9 @@ async def test_a_speech_to_text_model_alone_writes_and_says_nothing(tmp_path):
         words = [event for event in talker.events if event["type"] == "word"]
         assert {event["speaker"] for event in words} == {"user"} and talker.frames == []
         answer = await client.get(f"/api/talks/{talker.ready['key']}/transcript.json")
-        want = json.loads(await answer.text())["words"]
-        assert words[-1]["end"] == want[-1]["end"]
+        written = json.loads(await answer.text())["words"]
+        assert words[0]["start"] == written[0]["start"]
+        assert words[-1]["end"] < written[-1]["end"]  # the last ones came after the end
 
 
 @async_test

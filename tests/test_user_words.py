@@ -225,6 +225,22 @@ def test_the_last_words_come_out_and_are_not_saved(speaker, listener, models, tm
         talk.step(pcm[0])
 
 
+def test_a_speech_to_text_model_alone_brings_out_its_last_words_too(models, tmp_path):
+    pcm, model = sound(FRAMES), models["equal"]
+    talk = alone(model, pcm, temp=0)[0]
+    talk.save(tmp_path / "before")
+    tail = talk.finish()
+    whole = alone(model, pcm, after=15, temp=0)[0]
+    assert len(tail) == 15 and any(frame.text for frame in tail)
+    assert talk.transcript.words == whole.transcript.words
+    talk.save(tmp_path / "after")
+    assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()
+    with pytest.raises(ValueError, match="finished"):
+        talk.step(pcm[0])
+    talk.reset()
+    talk.step(pcm[0])
+
+
 @pytest.mark.parametrize("listener", ["equal", "prefix"])
 def test_a_listener_may_join_a_talk_that_had_none(listener, models, tmp_path):
     pcm, path, pair = sound(FRAMES), tmp_path / "talk", (models["moshi"], models[listener])

@@ -90,14 +90,6 @@ def _check_outputs(args: argparse.Namespace) -> None:
         raise UserError("--stereo needs an output file")
 
 
-def _padding(session) -> tuple[int, int]:
-    """Frames of silence that an stt model needs before and after the recording."""
-    model = session.model
-    before = model.silence_frames if session.frame == 0 else 0
-    after = 0 if model.speaks else model.trailing_frames
-    return before, after
-
-
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.fields[speed]}"),
@@ -125,8 +117,7 @@ class _Listener:
 
     def hear(self, pcm: np.ndarray) -> None:
         spoken = self.session.step(pcm)
-        if spoken.text and self.prints:
-            _print_words(spoken.text, self.bar)
+        self.write_words(spoken)
         if self.memory_ok and not spoken.memory_ok:
             self.bar.console.print(MEMORY_BROKE, style="yellow")
         self.memory_ok = spoken.memory_ok
@@ -138,6 +129,10 @@ class _Listener:
         seconds = self.heard / FRAMES_PER_SECOND
         speed = f"{seconds / (time.monotonic() - self.started):.1f}x real time"
         self.bar.update(self.task, completed=self.heard, speed=speed, clock=f"{seconds:.0f} s")
+
+    def write_words(self, spoken) -> None:
+        if spoken.text and self.prints:
+            _print_words(spoken.text, self.bar)
 
     def finish(self) -> None:
         """The reply of the last frames is not complete; the user's side is."""
@@ -153,7 +148,7 @@ def _talk(session, frames: FrameReader, sound, args, console: Console) -> None:
     """Step through the recording; on an interruption keep what there is."""
     from ..codec_thread import hearing_ahead
 
-    before, after = _padding(session)
+    before = session.model.silence_frames if session.frame == 0 else 0
     # Two models share one codec's ear or have one each: they stay on this thread.
     hearing = nullcontext(iter) if args.user_stt else hearing_ahead(session)
     with hearing as ahead, _progress(console) as bar:
@@ -166,11 +161,9 @@ def _talk(session, frames: FrameReader, sound, args, console: Console) -> None:
             for pcm in getattr(session.codec, "announced", []):
                 listener.hear(pcm)
         if args.session:
-            # Here, because the silence that brings out the last words is no part of the talk.
             session.save(args.session)
-        for _ in range(after):
-            listener.hear(SILENCE)
-        session.finish()
+        for words in session.finish():
+            listener.write_words(words)
         listener.finish()
     print(session.transcript.to_txt() if args.user_stt else "\n", end="", flush=True)
 

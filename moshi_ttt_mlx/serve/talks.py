@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..session_store import session_name
 from ..transcript import Transcript
-from ..user_words import Dialogue
 from .limits import Limits
 from .model_thread import ModelThread
 from .outbox import DONE, GOING_AWAY, INTERNAL
@@ -270,8 +269,8 @@ def _release(talk: ServedTalk, whole: bool) -> None:
     """Let go of the session, on its own thread; its words stay."""
     session, talk.session = talk.session, None
     talk.words = session.transcript
-    if whole and isinstance(session, Dialogue):
+    if whole:
         try:
-            session.finish()  # a model for the user's words is still behind
+            session.finish()  # a model that writes the user's words is still behind
         except Exception:
             _log.exception("the user's last words are lost")
