@@ -39,9 +39,7 @@ FRAME_SIZE = 1_920
 """Samples in one frame: 80 ms at 24 kHz."""
 
 FRAMES_PER_SECOND = SAMPLE_RATE / FRAME_SIZE
-
 FRAME_SECONDS = FRAME_SIZE / SAMPLE_RATE
-
 FRAME_MS = 1000 * FRAME_SIZE / SAMPLE_RATE
 
 FORMATS = "wav, flac, mp3 or ogg (vorbis or opus)"

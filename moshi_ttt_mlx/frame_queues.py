@@ -30,7 +30,14 @@ SILENT_LEVEL = -50.0
 
 
 class HeardQueue:
-    """User frames on their way to the model. When it is full the oldest goes: late is worse."""
+    """User frames on their way to the model. When it is full the oldest goes: late is worse.
+
+    Args:
+        limit: frames that may wait.
+
+    Attributes:
+        dropped: frames that went.
+    """
 
     def __init__(self, limit: int = HEARD_FRAMES):
         self.limit, self.dropped = limit, 0
@@ -41,6 +48,7 @@ class HeardQueue:
         return len(self._frames)
 
     def put(self, frame: np.ndarray) -> None:
+        """Take a frame, float32 `[1920]`; from any thread."""
         with self._changed:
             if len(self._frames) == self.limit:
                 self._frames.popleft()
@@ -65,6 +73,13 @@ class ReplyQueue:
 
     Running dry plays silence, which delays all that follows by as much. So that a hiccup does not
     last for the rest of the talk, silent frames are left out while too much waits.
+
+    Args:
+        cushion: samples of silence that go ahead of the first reply.
+
+    Attributes:
+        underruns: times that it ran dry between two replies.
+        skipped: reply frames that were left out.
     """
 
     def __init__(self, cushion: int = CUSHION_SAMPLES):
@@ -78,6 +93,7 @@ class ReplyQueue:
         return len(self._samples)
 
     def put(self, frame: np.ndarray) -> None:
+        """Take a reply frame, float32 `[1920]`: the first one after a rest behind the cushion."""
         with self._lock:
             if not self._begun and not len(self):
                 self._samples = np.zeros(self._cushion, np.float32)

@@ -19,6 +19,7 @@ LAG_SECONDS = 5.0
 """The model is too slow when so many frames have waited all this time."""
 
 MEMORY_BROKE = "the memory is no longer finite: it is shut, the talk goes on without it"
+"""What a user reads when `SpokenFrame.memory_ok` has become false."""
 
 
 class Counted(Protocol):
@@ -40,6 +41,7 @@ class Patience:
         self.reset()
 
     def reset(self) -> None:
+        """Wait from the beginning, and say it once more if need be."""
         self._waited, self._last, self._over = 0.0, None, False
 
     def over(self, wrong: bool, now: float) -> bool:

@@ -64,6 +64,7 @@ class Guard:
 
     @property
     def needs_token(self) -> bool:
+        """Whether a client must know one."""
         return self._token is not None
 
     def admits(self, token: object) -> bool:
