@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..audio import FRAME_SECONDS
 from ..errors import UserError
@@ -190,6 +191,17 @@ def _ignored(asked: dict, kept) -> list[str]:
         for name, value in asked.items()
         if value not in (getattr(usual, name), getattr(kept, name))
     ]
+
+
+def progress_bar(console: Console, before: str, after: str | None = None) -> Progress:
+    """A bar between two texts, with the times gone by and left; it vanishes at its end.
+
+    Args:
+        before, after: formats with a `task`, as `rich.progress.TextColumn` takes them.
+    """
+    texts = [TextColumn(text) for text in (before, after) if text is not None]
+    times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+    return Progress(texts[0], BarColumn(), *texts[1:], *times, console=console, transient=True)
 
 
 def leave_at_once() -> NoReturn:

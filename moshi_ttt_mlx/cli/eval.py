@@ -11,11 +11,10 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..errors import UserError
-from .common import add_model_arguments, check_folders, load_model
+from .common import add_model_arguments, check_folders, load_model, progress_bar
 
 SHOWN = ("words", "codebook 1", "codebooks")
 
@@ -75,9 +74,7 @@ def _evaluate(model, talks, settings, console: Console):
     from ..evaluate.nll import choose_variants, evaluate, frames_to_read
 
     variants, _ = choose_variants(model.memory, settings, len(talks))
-    columns = TextColumn("{task.completed:,}/{task.total:,} frames"), BarColumn()
-    times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
-    with Progress(*columns, *times, console=console, transient=True) as bar:
+    with progress_bar(console, "{task.completed:,}/{task.total:,} frames") as bar:
         task = bar.add_task("", total=frames_to_read(talks, variants))
         tick = lambda frames: bar.advance(task, frames)  # noqa: E731
         return evaluate(model.lm, model.memory, talks, settings, tick)

@@ -7,10 +7,9 @@ cannot be used are named and left out; a second run goes on where the first one 
 import argparse
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import UserError
-from .common import add_model_arguments, load_model
+from .common import add_model_arguments, load_model, progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +26,7 @@ def run(args: argparse.Namespace) -> int:
     # Before the model: a typo must not cost its loading.
     rows, _ = read_manifest(args.manifest)
     model = load_model(args, console)
-    columns = (TextColumn("{task.completed:.0f} s of sound"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    with progress_bar(console, "{task.completed:.0f} s of sound") as bar:
         task = bar.add_task("", total=sum(max(row.seconds, 0) for row in rows))
         summary = tokenize_manifest(
             args.manifest, args.out, model, lambda seconds: bar.advance(task, seconds)

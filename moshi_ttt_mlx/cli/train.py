@@ -11,11 +11,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from ..errors import UserError
-from .common import add_model_arguments, load_model
+from .common import add_model_arguments, load_model, progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +133,8 @@ def _train(args, settings, together, console, model, talks, held_out) -> int:
     )
     if trainer.step:
         console.print(f"resumed at update {trainer.step}", style="dim")
-    with _Stop(console) as stop, _bar(console) as bar:
+    bar = progress_bar(console, "{task.completed}/{task.total}", "{task.description}")
+    with _Stop(console) as stop, bar:
         _follow(run, stop, bar)
     if stop.asked and trainer.step < settings.steps:
         console.print(f"saved at update {trainer.step}: the same command goes on", style="yellow")
@@ -214,19 +215,6 @@ class _Stop:
             raise KeyboardInterrupt
         self.asked = True
         self._console.print("stopping after this update", style="dim")
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.completed}/{task.total}"),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 def _follow(run, stop: _Stop, bar: Progress) -> None:

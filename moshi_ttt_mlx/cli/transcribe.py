@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from ..audio import FRAME_SIZE, FRAMES_PER_SECOND, FrameReader, WavWriter, iter_frames
 from ..errors import UserError
@@ -29,6 +29,7 @@ from .common import (
     load_model,
     load_user_stt,
     open_session,
+    progress_bar,
 )
 
 SILENCE = np.zeros(FRAME_SIZE, np.float32)
@@ -90,19 +91,6 @@ def _check_outputs(args: argparse.Namespace) -> None:
         raise UserError("--stereo needs an output file")
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.fields[speed]}"),
-        BarColumn(),
-        TextColumn("{task.fields[clock]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-
-
 class _Listener:
     """Steps the session on, prints its words, writes its reply, moves the bar."""
 
@@ -151,7 +139,8 @@ def _talk(session, frames: FrameReader, sound, args, console: Console) -> None:
     before = session.model.silence_frames if session.frame == 0 else 0
     # Two models share one codec's ear or have one each: they stay on this thread.
     hearing = nullcontext(iter) if args.user_stt else hearing_ahead(session)
-    with hearing as ahead, _progress(console) as bar:
+    bar = progress_bar(console, "{task.fields[speed]}", "{task.fields[clock]}")
+    with hearing as ahead, bar:
         listener = _Listener(session, sound, bar, frames.total_frames, not args.user_stt)
         try:
             for pcm in ahead(itertools.chain([SILENCE] * before, frames)):
