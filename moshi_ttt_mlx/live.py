@@ -270,7 +270,7 @@ class Talk:
         self._closed = False
         self._pace: deque[float] = deque(maxlen=_PACE_FRAMES)
         self._levels = -100.0, -100.0
-        self._first_frame = 0
+        self._first_frame = self._frames = 0  # without those that `Session.finish` adds
         self._zeros, self._slow = Patience(PATIENCE_SECONDS), Patience(LAG_SECONDS)
         self._memory_ok = True
         self._memory: MemoryStatus | None = None
@@ -291,7 +291,7 @@ class Talk:
         """Where the talk stands now, also while the worker is busy with a frame."""
         user_level, reply_level = self._levels
         pace = list(self._pace)
-        frames, window = (0, 0) if self.session is None else (self.session.frame, self._context)
+        frames, window = self._frames, 0 if self.session is None else self._context
         return Status(
             age=frames * FRAME_MS / 1000,
             sitting=(frames - self._first_frame) * FRAME_MS / 1000,
@@ -390,7 +390,7 @@ class Talk:
 
     def _begin(self) -> None:
         """The silence that an stt model expects before the first sound."""
-        self._first_frame = self.session.frame
+        self._first_frame = self._frames = self.session.frame
         if self._first_frame == 0:
             for _ in range(self.session.model.silence_frames):
                 self._step(np.zeros(FRAME_SIZE, np.float32))
@@ -488,6 +488,7 @@ class Talk:
         began = self._clock()
         spoken = (self._quiet or self.session).step(user)
         self._pace.append(1000 * (self._clock() - began))
+        self._frames = self.session.frame
         if spoken.pcm is not None:
             self.replies.put(spoken.pcm)
         if spoken.text:

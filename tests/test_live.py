@@ -438,6 +438,21 @@ def test_the_users_words_are_told_with_the_time_of_their_sound_to_the_last(stage
     assert [words.text for words in late] == [" u2", " u3"]
 
 
+def test_the_silence_after_a_talk_is_no_part_of_its_age(stage):
+    session = FakeSession(speaks=False)
+
+    def finish():
+        session.frame += 30
+        return []
+
+    session.finish = finish
+    one = stage(session, max_seconds=0.16)
+    one.until(Ready)
+    one.microphone.speak(voice(), voice())
+    one.until(Ended)
+    assert one.talk.status().age == one.talk.status().sitting == pytest.approx(0.16)
+
+
 def test_what_stops_loading_is_told():
     def load():
         raise UserError("no such model")
