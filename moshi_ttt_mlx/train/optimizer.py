@@ -113,5 +113,9 @@ class Optimizer:
 
 
 def global_norm(grads: Params) -> mx.array:
-    """The norm of all gradients together, a scalar."""
-    return mx.sqrt(sum(mx.sum(mx.square(g)) for _, g in tree_flatten(grads)))
+    """The norm of all gradients together, a scalar.
+
+    The same bits for the same numbers: MLX adds up an array in the order of its memory, and what came
+    from another process lies in rows where a gradient of our own may lie in columns.
+    """
+    return mx.sqrt(sum(mx.sum(mx.square(mx.contiguous(g))) for _, g in tree_flatten(grads)))
