@@ -281,8 +281,8 @@ class TTTMemory(nn.Module):
             self.decay = nn.Linear(width, config.heads)
             # Little is forgotten at first: exp(-softplus(-8)) is 0.9997 a token.
             self.decay.bias = mx.full((config.heads,), -8.0)
-        for name in ("q_conv", "k_conv") if config.read == "query" else ("k_conv",):
-            if config.conv > 1:
+        if config.conv > 1:
+            for name in ("q_conv", "k_conv") if config.read == "query" else ("k_conv",):
                 self[name] = 0.02 * mx.random.normal((config.conv, width))
                 self[name][-1] += 1  # at first the token itself
         sizes = (config.heads, config.head_dim)

@@ -28,6 +28,7 @@ from moshi_mlx.models import Lm
 from recall import report
 from recall.gated_delta import GatedDelta
 from recall.training import (
+    DISTANCES,
     FULL,
     QUICK,
     SPOKEN,
@@ -49,10 +50,9 @@ from moshi_ttt_mlx.memory import MemoryConfig
 from moshi_ttt_mlx.surgery import add_memory, find_memory, save_adapter
 from moshi_ttt_mlx.train.loss import token_losses
 
-DISTANCES = {"2W": 64, "4W": 128, "8W": 256, "16W": 512}
 HOUR = 45_000  # frames of 80 ms
 DEFAULT = MemoryConfig(layers="top:1")
-BASES = {"base": (TEXT, 64), "spoken base": (SPOKEN, 32)}  # and talks in a batch
+BASES = {"base": TEXT, "spoken base": SPOKEN}
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,7 @@ def run_part(name: str, seed: int, work: Path, budget: Budget) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
     if name in BASES:
-        form, rows = BASES[name]
-        save_base(train_base(form, seed, replace(budget, base_rows=rows)), folder, name)
+        save_base(train_base(BASES[name], seed, budget), folder, name)
         part = {}
     elif name == "spoken":
         part = _run_spoken(seed, folder, budget)

@@ -22,6 +22,7 @@ from .recall import Talks, World
 
 PADDING = 3
 ANSWER_AFTER = 2  # frames
+CARD = 64  # codes of a codebook; a world's tokens have to fit
 
 
 def voice(tokens: np.ndarray, codebooks: int) -> np.ndarray:
@@ -30,7 +31,7 @@ def voice(tokens: np.ndarray, codebooks: int) -> np.ndarray:
     The first code tells the token, the others are its timbre: all depend on the token alone.
     """
     turns = np.arange(codebooks, dtype=np.int32)[None, :, None]
-    sounds = (tokens[:, None] * (2 * turns + 1) + 7 * turns) % 64
+    sounds = (tokens[:, None] * (2 * turns + 1) + 7 * turns) % CARD
     return np.where(turns == 0, tokens[:, None], sounds).astype(np.int32)
 
 
@@ -73,9 +74,7 @@ def talk_answers(lm: Lm, talks: Talks, world: World, window: int, mode: Mode = "
     codes = spoken(talks, world, codebooks)
     batch, _, tokens = codes.shape
     greedy = Sampler(temp=0.0)
-    generator = FrameGenerator(
-        lm, greedy, greedy, batch_size=batch, window=window, memory=mode, compile=True
-    )
+    generator = FrameGenerator(lm, greedy, greedy, batch_size=batch, window=window, memory=mode)
     delay = max(lm.cfg.audio_delays)
     text, sound = np.zeros((batch, tokens), np.int32), np.zeros((batch, codebooks, tokens))
     for frame in range(tokens + delay):

@@ -12,12 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from moshi_ttt_mlx.train.plots import NO_MATPLOTLIB, can_plot
+from recall.training import DISTANCES, WINDOW
 
-DISTANCES = ["2W", "4W", "8W", "16W"]
 BY_DISTANCE = ("recall", "memory_off", "shuffled", "gate_closed", "overwritten", "noise", "voice")
 SINGLE = ("in_window", "in_window_base", "silent", "stream_difference")
 BEGIN, END = "<!-- recall table -->", "<!-- /recall table -->"
-WINDOW = 32
 
 
 def line(path: Path) -> str:
@@ -179,7 +178,7 @@ def _figure(width: float, height: float):
 
 def _plot_recall(variants: dict, chance: float, path: Path) -> None:
     figure, axes = _figure(8, 4.5)
-    places = [WINDOW * int(name.removesuffix("W")) for name in DISTANCES]
+    places = list(DISTANCES.values())
     for name, row in variants.items():
         mean = [100 * row["recall"][d] for d in DISTANCES]
         std = [100 * row["std"]["recall"][d] for d in DISTANCES]

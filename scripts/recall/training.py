@@ -17,7 +17,7 @@ from moshi_mlx.models import Lm
 
 from moshi_ttt_mlx.config import build_lm, lm_config
 from moshi_ttt_mlx.evaluate.recall import Mix, Talks, World, decks, talks
-from moshi_ttt_mlx.evaluate.recall_spoken import spoken
+from moshi_ttt_mlx.evaluate.recall_spoken import CARD, spoken
 from moshi_ttt_mlx.generate import embed_frame
 from moshi_ttt_mlx.layers import make_window_cache
 from moshi_ttt_mlx.surgery import find_memory
@@ -36,9 +36,9 @@ from moshi_ttt_mlx.train.optimizer import Optimizer, Schedule
 from moshi_ttt_mlx.train.segments import USUAL_WEIGHTS, Attention, Learner
 
 WORLD, WINDOW, WIDTH = World(), 32, 64
+DISTANCES = {"2W": 64, "4W": 128, "8W": 256, "16W": 512}
 NEAR = (2, 28)
 BETAS = (0.9, 0.98)
-CARD = 64  # codes of a codebook, one for each token of the world
 
 Report = Callable[[str], None]
 say = partial(print, flush=True)
@@ -51,10 +51,12 @@ class Format:
     Args:
         codebooks: of each side; 0 is text alone, 8 Moshi's 17 streams with their delays.
         weights: of the losses of what is said and what is not.
+        base_rows: talks in a batch of the model's own training.
     """
 
     codebooks: int = 0
     weights: LossWeights = USUAL_WEIGHTS
+    base_rows: int = 64
 
     @property
     def heard(self) -> int:
@@ -102,7 +104,7 @@ class Format:
 
 
 TEXT = Format()
-SPOKEN = Format(8, LossWeights(text_padding=0.05, first_codebook=1.0))
+SPOKEN = Format(8, LossWeights(text_padding=0.05, first_codebook=1.0), base_rows=32)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Budget:
     """How much training and measuring.
 
     Args:
-        base_steps, base_rows, base_rate: of the model's training, on talks of 64 tokens.
+        base_steps, base_rate: of the model's training, on talks of 64 tokens.
         warm_steps: of the memory, on talks of 96 tokens, then
         steps: on talks of 192 tokens.
         rows, rate: of the memory's batches.
@@ -119,7 +121,6 @@ class Budget:
     """
 
     base_steps: int = 700
-    base_rows: int = 64
     base_rate: float = 3e-3
     warm_steps: int = 200
     steps: int = 800
@@ -129,7 +130,7 @@ class Budget:
     hour_rows: int = 8
 
 
-FULL, QUICK = Budget(), Budget(4, 4, 3e-3, 2, 2, 2, 6e-3, 2, 0)
+FULL, QUICK = Budget(), Budget(4, 3e-3, 2, 2, 2, 6e-3, 2, 0)
 
 
 def new_model(form: Format) -> Lm:
@@ -151,13 +152,13 @@ def save_base(lm: Lm, folder: Path, name: str) -> None:
     mx.save_safetensors(str(folder / f"{name}.safetensors"), dict(tree_flatten(lm.parameters())))
 
 
-def base_talks(rng: random.Random, step: int, budget: Budget) -> Talks:
+def base_talks(rng: random.Random, step: int, rows: int, budget: Budget) -> Talks:
     """Decks first, then half of them, then facts and questions."""
     sixth = budget.base_steps // 6
     share = 1.0 if step < sixth else 0.5 if step < 2 * sixth else 0.0
     if rng.random() < share:
-        return decks(rng, WORLD, budget.base_rows, 64)
-    return talks(rng, WORLD, budget.base_rows, 64, Mix(near=NEAR, p_fact=0.4, most=6))
+        return decks(rng, WORLD, rows, 64)
+    return talks(rng, WORLD, rows, 64, Mix(near=NEAR, p_fact=0.4, most=6))
 
 
 def base_loss(form: Format, lm: Lm, before: nn.Linear, inputs, targets) -> mx.array:
@@ -194,7 +195,8 @@ def train_base(form: Format, seed: int, budget: Budget, report: Report = say) ->
 
     gradients = mx.value_and_grad(loss)
     for step in range(budget.base_steps):
-        value, grads = gradients(params, *form.tensors(base_talks(rng, step, budget), lm))
+        some = base_talks(rng, step, form.base_rows, budget)
+        value, grads = gradients(params, *form.tensors(some, lm))
         params = optimizer.update({"base": params}, {"base": grads})[0]["base"]
         mx.eval(params)
         if step % 100 == 99:
