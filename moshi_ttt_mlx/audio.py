@@ -42,6 +42,9 @@ FRAMES_PER_SECOND = SAMPLE_RATE / FRAME_SIZE
 FRAME_SECONDS = FRAME_SIZE / SAMPLE_RATE
 FRAME_MS = 1000 * FRAME_SIZE / SAMPLE_RATE
 
+SILENCE = np.zeros(FRAME_SIZE, np.float32)
+"""A frame of sound in which nothing is said."""
+
 FORMATS = "wav, flac, mp3 or ogg (vorbis or opus)"
 
 _log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from .audio import FRAME_MS, FRAME_SIZE, SAMPLE_RATE
+from .audio import FRAME_MS, SAMPLE_RATE, SILENCE
 from .errors import UserError
 from .frame_queues import CUSHION_SAMPLES, HeardQueue, ReplyQueue
 from .quiet_start import QuietStart
@@ -393,7 +393,7 @@ class Talk:
         self._first_frame = self._frames = self.session.frame
         if self._first_frame == 0:
             for _ in range(self.session.model.silence_frames):
-                self._step(np.zeros(FRAME_SIZE, np.float32))
+                self._step(SILENCE)
         if self._quiet_start:
             self._quiet = QuietStart(self.session)
 

@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 import safetensors
 
-from .audio import FRAME_SECONDS, FRAME_SIZE
+from .audio import FRAME_SECONDS, SILENCE
 from .codec import finite
 from .errors import UserError
 from .generate import Frame, FrameGenerator
@@ -31,9 +31,6 @@ from .model import Model
 from .session_store import FORMAT, VERSION
 from .transcript import MOSHI, USER, Transcript
 from .trees import under
-
-SILENCE = np.zeros(FRAME_SIZE, np.float32)
-"""A frame of sound in which nothing is said."""
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .audio import FRAME_SECONDS
+from .audio import FRAME_SECONDS, SILENCE
 from .errors import UserError
 from .model import Model
-from .session import SILENCE, Session, SpokenFrame, check_origin, damage_named, read_session
+from .session import Session, SpokenFrame, check_origin, damage_named, read_session
 from .transcript import USER, Transcript
 from .trees import under
 

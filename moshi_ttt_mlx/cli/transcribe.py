@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from ..audio import FRAME_SIZE, FRAMES_PER_SECOND, FrameReader, WavWriter, iter_frames
+from ..audio import FRAMES_PER_SECOND, SILENCE, FrameReader, WavWriter, iter_frames
 from ..errors import UserError
 from ..transcript import FORMATS
 from ..watches import MEMORY_BROKE
@@ -31,8 +31,6 @@ from .common import (
     open_session,
     progress_bar,
 )
-
-SILENCE = np.zeros(FRAME_SIZE, np.float32)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..audio import FRAME_MS, FRAME_SECONDS, FRAME_SIZE
+from ..audio import FRAME_MS, FRAME_SECONDS, FRAME_SIZE, SILENCE
 from ..errors import UserError
 from ..frame_queues import HeardQueue
 from ..live import MemoryStatus, read_memory
@@ -172,7 +172,7 @@ class ServedTalk:
     def _next_frame(self) -> np.ndarray:
         if self._prefix:
             self._prefix -= 1
-            return np.zeros(FRAME_SIZE, np.float32)
+            return SILENCE
         return self._heard.get(0)
 
     def _tell(self, spoken: "SpokenFrame") -> None:
