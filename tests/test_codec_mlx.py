@@ -227,15 +227,17 @@ def test_a_state_does_not_change_afterwards(codec):
 
 
 def test_memory_is_flat(codec):
-    """State and MLX's live memory at frame 20 (the window is full at 5) and at frame 120."""
-    pcm, stream, seen = sound(120), codec.fresh(), {}
-    for n, frame in enumerate(pcm, start=1):
+    """State and MLX's live memory from frame 20 on (the window is full at 5) and up to frame 120.
+
+    The least of 20 readings: a thread of MLX's may still hold some kB of the frame before.
+    """
+    pcm, stream, states, live = sound(120), codec.fresh(), [], []
+    for frame in pcm:
         stream.decode(stream.encode(frame))
-        if n in (20, 120):
-            size = sum(array.nbytes for array in stream.state()[0].values())
-            seen[n] = (size, mx.get_active_memory())
-    assert seen[20][0] == seen[120][0]
-    assert seen[120][1] <= seen[20][1] + 4096
+        states.append(sum(array.nbytes for array in stream.state()[0].values()))
+        live.append(mx.get_active_memory())
+    assert states[19] == states[-1]
+    assert min(live[-20:]) <= min(live[19:39]) + 4096
 
 
 def test_a_state_of_another_codec(codec):
