@@ -31,7 +31,7 @@ _ALWAYS = (
 )
 _COUNTS = ["n_q", "dep_q", "extra_heads_num_heads"]
 _OPTIONAL_SIZES = ["depformer_low_rank_embeddings", "extra_heads_dim"]
-_NAMES = ["moshi_name", "mimi_name", "tokenizer_name"]
+_NAMES = ["moshi_name", "mimi_name", "tokenizer_name", "memory_path"]
 _NUMBERS = {
     "stt_config": ("audio_delay_seconds", "audio_silence_prefix_seconds"),
     "lm_gen_config": ("temp", "temp_text", "top_k", "top_k_text"),

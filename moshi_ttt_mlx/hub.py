@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 from huggingface_hub import constants as hub_constants
@@ -44,6 +45,7 @@ class ModelFiles:
         config: the parsed and checked `config.json`, or None where there is none.
         mimi: None for a text-only model.
         quantized: the bits asked for, 4 or 8, or None.
+        memory: config and weights of the memory that comes with the model, or None.
     """
 
     name: str
@@ -52,6 +54,18 @@ class ModelFiles:
     mimi: Path | None
     tokenizer: Path
     quantized: int | None
+    memory: "MemoryFiles | None" = None
+
+
+class MemoryFiles(NamedTuple):
+    """Local paths of a memory."""
+
+    config: Path
+    weights: Path
+
+
+# A memory in its folder, or in the folder that a model's config names (`memory_path`).
+MEMORY_NAMES = MemoryFiles(Path("memory_config.json"), Path("memory.safetensors"))
 
 
 def _explain(repo: str, name: str, error: Exception) -> UserError:
@@ -247,7 +261,19 @@ def find_files(
     text = file(tokenizer, "--tokenizer", "tokenizer_name", TOKENIZER_NAME)
     mimi = None if text_only else file(mimi_weight, "--mimi-weight", "mimi_name", MIMI_NAME)
     moshi = resolve_file(moshi_weight) if moshi_weight else _moshi_file(source, config, quantized)
-    return ModelFiles(str(moshi_weight or hf_repo), config, moshi, mimi, text, quantized)
+    # A memory belongs to the weights beside it, not to others.
+    within = config.get("memory_path") if config and source and not moshi_weight else None
+    memory = find_memory_files(source, within) if within else None
+    return ModelFiles(str(moshi_weight or hf_repo), config, moshi, mimi, text, quantized, memory)
+
+
+def find_memory_files(source: _Source, folder: str | Path = "") -> MemoryFiles:
+    """A memory's two files.
+
+    Raises:
+        UserError: either is missing.
+    """
+    return MemoryFiles(*(source.get(str(Path(folder) / name)) for name in MEMORY_NAMES))
 
 
 def _config(source: _Source | None, given: str | Path | None) -> Config | None:

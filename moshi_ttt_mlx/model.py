@@ -17,9 +17,9 @@ from .audio import FRAME_SECONDS, FRAMES_PER_SECOND
 from .codec import Backend, Codec, mimi_config_from_dict, open_codec
 from .config import build_lm, lm_config
 from .errors import UserError
-from .hub import ModelFiles, Progress, find_files, silent
+from .hub import MemoryFiles, ModelFiles, Progress, find_files, silent
 from .mimi_weights import fingerprint
-from .surgery import Adapter, adapter_files, load_adapter
+from .surgery import Adapter, choose_memory, load_adapter
 from .weights import load_lm_weights
 
 MIMI_BINS = 2048  # codes of Kyutai's Mimi
@@ -192,10 +192,10 @@ def mimi_shape(files: ModelFiles) -> MimiConfig | None:
         raise UserError(f"{files.name}: mimi config: expected an object of objects") from error
 
 
-def _fingerprint(files: ModelFiles, bits: int | None, adapter_path: str | None) -> str:
+def _fingerprint(files: ModelFiles, bits: int | None, memory: MemoryFiles | None) -> str:
     """Tells models apart without reading gigabytes."""
     paths = [files.moshi, files.mimi, files.tokenizer]
-    paths += adapter_files(adapter_path) if adapter_path else []
+    paths += memory or []
     parts = [fingerprint(path) for path in paths if path is not None]
     identity = json.dumps([files.config, bits, parts], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()
@@ -218,7 +218,8 @@ def load(
     Args:
         hf_repo, moshi_weight, mimi_weight, tokenizer, lm_config_file, quantized: see
             `hub.find_files`; weights may be in MLX's or PyTorch's layout, plain or quantized.
-        adapter_path: a memory for the model: a folder or repository, see `surgery.load_adapter`.
+        adapter_path: a memory for the model: a folder or repository, see `surgery.load_adapter`;
+            `none` leaves out the one that comes with it. Default: the one that comes with it, if any.
         codec: `auto`, `rustymimi` or `mlx`; see `codec.open_codec`.
         progress: called with one line before each step that takes time.
 
@@ -256,6 +257,7 @@ def load_files(
     progress(f"reading {files.moshi.name}")
     lm = build_lm(config, files.name)
     bits = load_lm_weights(lm, files.moshi, files.quantized)
-    memory = load_adapter(lm, adapter_path) if adapter_path else None
-    identity = _fingerprint(files, bits, adapter_path)
+    chosen = choose_memory(files, adapter_path)
+    memory = load_adapter(lm, chosen) if chosen else None
+    identity = _fingerprint(files, bits, chosen)
     return Model(files.name, lm, files.config or {}, text, audio, identity, memory)

@@ -21,14 +21,15 @@ from moshi_mlx.modules.transformer import TransformerLayer
 
 from .config import read_json
 from .errors import UserError
-from .hub import open_source
+from .hub import MEMORY_NAMES, MemoryFiles, ModelFiles, find_memory_files, open_source
 from .layers import MemoryAttention, WindowAttention, use_window_attention
 from .legacy import LegacyConfig, LegacyMemory, StreamLayer, share_layer
 from .memory import MemoryConfig, TTTMemory
 from .weights import check_shapes, dense_weight, expected_shapes, read_shapes
 
-WEIGHTS_NAME = "memory.safetensors"
-CONFIG_NAME = "memory_config.json"
+CONFIG_NAME, WEIGHTS_NAME = map(str, MEMORY_NAMES)
+NO_ADAPTER = "none"
+"""As an adapter's path: leave out the memory that comes with a model."""
 FORMAT = 1
 
 
@@ -139,27 +140,39 @@ def read_memory_config(path: Path) -> MemoryConfig:
         raise UserError(f"{path}: not a memory config: {error}") from error
 
 
-def adapter_files(adapter_path: str) -> tuple[Path, Path]:
-    """Config and weights of an adapter: a folder, or a repository on the hub.
+def choose_memory(files: ModelFiles | None, adapter_path: str | None) -> MemoryFiles | None:
+    """The files of the memory that a model gets.
+
+    Args:
+        files: of the model, which may bring one along; None for a model that is not here.
+        adapter_path: a folder, or a repository on the hub; `none` for no memory at all.
 
     Raises:
-        UserError: either is missing.
+        UserError: no such folder or repository, or a file of it is missing.
     """
-    source = open_source(adapter_path)
-    return source.get(CONFIG_NAME), source.get(WEIGHTS_NAME)
+    if adapter_path is None:
+        return files.memory if files else None
+    return None if adapter_path == NO_ADAPTER else find_memory_files(open_source(adapter_path))
 
 
-def load_adapter(lm: Lm, adapter_path: str) -> Adapter:
+def load_adapter(lm: Lm, adapter_path: str | MemoryFiles) -> Adapter:
     """Put a saved memory into a model.
+
+    Args:
+        lm: the model.
+        adapter_path: a folder, a repository on the hub, or a memory's two files.
 
     Raises:
         UserError: an adapter of another model: tensors and shapes are named.
     """
-    config_file, weights_file = adapter_files(adapter_path)
+    if isinstance(adapter_path, MemoryFiles):
+        where, files = adapter_path.weights.parent, adapter_path
+    else:
+        where, files = adapter_path, find_memory_files(open_source(adapter_path))
+    config_file, weights_file = files
     adapter = add_memory(lm, read_memory_config(config_file))
     try:
-        where = f"adapter {adapter_path}"
-        check_shapes(read_shapes(weights_file), expected_shapes(adapter), where)
+        check_shapes(read_shapes(weights_file), expected_shapes(adapter), f"adapter {where}")
     except UserError:
         remove_memory(lm)
         raise

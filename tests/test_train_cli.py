@@ -163,3 +163,37 @@ def test_the_estimate_needs_no_model(capfd):
 def test_the_estimate_of_a_named_model(capfd, model):
     assert main(["train", "--estimate", "--hf-repo", model]) == 0
     assert "bfloat16: computed" in capfd.readouterr().out
+
+
+def test_a_base_learns_without_a_memory(train, model, tmp_path):
+    train("--phase", "base", "--base-rate", "1e-2")
+    last = tmp_path / "out" / "last"
+    assert [path.name for path in last.iterdir()] == ["model.safetensors"]
+    before, after = load(model), load(model, moshi_weight=str(last / "model.safetensors"))
+    assert after.memory is None
+    change = before.lm.text_linear.weight - after.lm.text_linear.weight
+    assert 1e-3 < float(abs(change).max()) < 0.1
+
+
+def test_a_base_without_a_memory_refuses_an_adapter(train, tmp_path):
+    train()
+    err = train("--phase", "base", "--adapter-path", str(tmp_path / "out" / "last"), status=2)
+    assert "without memory" in err
+
+
+def test_learning_from_words_alone_never_runs_the_depformer(train, shards, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("the depformer was run")
+
+    train("--steps", "1")
+    (line,) = [line for line in read_log(tmp_path / "out") if "loss" in line]
+    monkeypatch.setattr("moshi_ttt_mlx.train.segments.audio_losses", never)
+    train("--steps", "1", "--audio", "0", "--out", str(tmp_path / "words"))
+    (words,) = [line for line in read_log(tmp_path / "words") if "loss" in line]
+    assert words["codebooks"] == []
+    assert words["text"] == line["text"] and words["said"] == line["said"]
+    assert 0 < words["loss"] < line["loss"]
+
+
+def test_an_impossible_weight_of_audio_is_refused(train):
+    assert "audio must be at least 0, got -1" in train("--audio", "-1", status=2)

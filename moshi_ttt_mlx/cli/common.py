@@ -41,7 +41,9 @@ def add_model_arguments(
     )
     group.add_argument("--codec", choices=["auto", "rustymimi", "mlx"], default="auto")
     group.add_argument(
-        "--adapter-path", metavar="DIR|REPO", help="a memory for the model (memory.safetensors)"
+        "--adapter-path",
+        metavar="DIR|REPO",
+        help="a memory for the model (memory.safetensors); none: not the one that comes with it",
     )
 
 
@@ -68,7 +70,7 @@ def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory",
         choices=["on", "frozen", "off"],
         default="on",
-        help="with --adapter-path: learn and read, only read, or the base model",
+        help="for a model with one: learn and read, only read, or the base model",
     )
     group.add_argument("--steps", type=int, help="moshi_mlx's limit; not needed: a talk has none")
 

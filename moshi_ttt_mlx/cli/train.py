@@ -17,6 +17,9 @@ from rich.table import Table
 from ..errors import UserError
 from .common import add_model_arguments, load_model, progress_bar
 
+PHASES = ("memory", "all", "base")
+PHASES_HELP = "what learns: the memory (default), the base too, or the base without a memory"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -48,7 +51,7 @@ def _add_memory_arguments(group) -> None:
 
 def _add_training_arguments(group) -> None:
     number, share = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
-    group.add_argument("--phase", choices=["memory", "all"], default="memory", help="what learns")
+    group.add_argument("--phase", choices=PHASES, default="memory", help=PHASES_HELP)
     group.add_argument("--steps", default=1000, **number, help="updates (default: 1000)")
     group.add_argument("--batch", default=1, **number, help="talks at once, of each process")
     group.add_argument("--micro-batch", **number, help="talks in one pass (default: all)")
@@ -67,6 +70,9 @@ def _add_training_arguments(group) -> None:
     group.add_argument("--weight-decay", default=0.01, **share)
     group.add_argument("--text-padding", default=0.5, **share, help="weight of unsaid text tokens")
     group.add_argument("--first-codebook", default=100.0, **share, help="weight of the first one")
+    group.add_argument(
+        "--audio", default=1.0, **share, help="weight of all codebooks; 0 learns from words alone"
+    )
     group.add_argument(
         "--no-recompute",
         dest="recompute",
@@ -147,14 +153,18 @@ def _train(args, settings, together, console, model, talks, held_out) -> int:
 def _learner(args: argparse.Namespace, settings, model):
     import mlx.core as mx
 
-    from ..surgery import add_memory
+    from ..surgery import Adapter, add_memory
     from ..train.loss import LossWeights
     from ..train.segments import Attention, Learner
 
     if args.adapter_path and (args.layers or args.memory_config):
         raise UserError("--adapter-path brings its own memory: leave out --layers, --memory-config")
     adapter = model.memory
-    if adapter is None:
+    if settings.phase == "base":
+        if adapter is not None:
+            raise UserError("--phase base trains a model without memory: leave out --adapter-path")
+        adapter = Adapter(_memory_config(args, model.lm.cfg), {})
+    elif adapter is None:
         mx.random.seed(settings.seed)
         adapter = add_memory(model.lm, _memory_config(args, model.lm.cfg))
         mx.eval(adapter.parameters())
@@ -163,7 +173,7 @@ def _learner(args: argparse.Namespace, settings, model):
         adapter,
         settings.phase,
         Attention(settings.window, settings.sinks),
-        LossWeights(settings.text_padding, settings.first_codebook),
+        LossWeights(settings.text_padding, settings.first_codebook, settings.audio),
         settings.recompute,
     )
 

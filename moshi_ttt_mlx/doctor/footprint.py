@@ -16,10 +16,10 @@ from moshi_mlx.models import Lm, LmConfig
 
 from ..codec import choose_backend
 from ..config import build_lm, lm_config
-from ..hub import ModelFiles
+from ..hub import MemoryFiles, ModelFiles
 from ..memory import MemoryConfig
 from ..model import mimi_shape
-from ..surgery import adapter_files, add_memory, read_memory_config
+from ..surgery import add_memory, choose_memory, read_memory_config
 from ..weights import quantize_lazily
 from .case import Case, Chosen, NotDownloaded
 from .finding import Finding, size
@@ -100,7 +100,8 @@ def footprint(chosen: Chosen, context: int | None = None) -> Footprint:
     on_load = f", made {bits} bits on load" if bits else ""
     codec = _codec_bytes(files, chosen.codec)
     source = f"the config and {files.moshi.name}'s header{on_load}"
-    return _with_windows(lm, header.dtype, chosen, context, weights, codec, source)
+    memory = choose_memory(files, chosen.adapter_path)
+    return _with_windows(lm, header.dtype, memory, context, weights, codec, source)
 
 
 def _of_published(chosen: Chosen, context: int | None) -> Footprint:
@@ -112,7 +113,8 @@ def _of_published(chosen: Chosen, context: int | None) -> Footprint:
     bits = held or chosen.flags.get("quantized")
     lm = _unread(lm_config(None, name=chosen.name), chosen.name, mx.bfloat16, bits)
     source = "the published shape of Moshi (not downloaded yet; without the codec's file)"
-    return _with_windows(lm, mx.bfloat16, chosen, context, _nbytes(lm), 0, source)
+    memory = choose_memory(None, chosen.adapter_path)
+    return _with_windows(lm, mx.bfloat16, memory, context, _nbytes(lm), 0, source)
 
 
 def _unread(config: LmConfig, name: str, dtype: mx.Dtype, bits: int | None) -> Lm:
@@ -131,7 +133,7 @@ def _nbytes(module: nn.Module) -> int:
 def _with_windows(
     lm: Lm,
     dtype: mx.Dtype,
-    chosen: Chosen,
+    files: MemoryFiles | None,
     context: int | None,
     weights: int,
     codec: int,
@@ -140,8 +142,8 @@ def _with_windows(
     transformer = lm.cfg.transformer
     full = min(context or transformer.context, transformer.context)
     windows, state, adapter = [full] * transformer.num_layers, 0, 0
-    if chosen.adapter_path:
-        memory = read_memory_config(adapter_files(chosen.adapter_path)[0])
+    if files:
+        memory = read_memory_config(files.config)
         state, adapter = _memory_bytes(lm, memory)
         for layer in memory.layer_indices(len(windows)):
             windows[layer] = min(memory.window or full, full)

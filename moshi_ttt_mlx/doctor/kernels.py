@@ -10,7 +10,7 @@ import mlx.core as mx
 from .. import ttt_kernels
 from ..legacy import LegacyConfig, LegacyMemory
 from ..memory import MemoryConfig, TTTMemory
-from ..surgery import adapter_files, read_memory_config
+from ..surgery import choose_memory, read_memory_config
 from ..ttt import InnerLearner
 from .case import Case
 from .finding import Finding
@@ -48,9 +48,8 @@ def on_metal() -> bool:
 
 def _memory_config(case: Case) -> MemoryConfig:
     """Of the given adapter, else a memory's usual shape."""
-    if case.chosen.adapter_path is None:
-        return MemoryConfig(layers="top:1")
-    return read_memory_config(adapter_files(case.chosen.adapter_path)[0])
+    files = choose_memory(None, case.chosen.adapter_path)
+    return read_memory_config(files.config) if files else MemoryConfig(layers="top:1")
 
 
 def _learner(config: MemoryConfig) -> InnerLearner:

@@ -58,7 +58,7 @@ def estimate(
     # Parameters, gradients (a second set while passes are added up), two moments.
     copies = 4 if rows == settings.batch else 5
     parts["memory, its gradients and moments"] = copies * adapter
-    if settings.phase == "all":
+    if settings.phase != "memory":
         parts["base: float32 master, gradients, moments"] = copies * _FLOAT32 * _size(base)
     parts["keys and values, memory's state"] = _carried(config, memory, one, settings, item)
     parts["inputs of the layers that are recomputed"] = (
@@ -85,7 +85,7 @@ def _size(module: nn.Module) -> int:
 def _trained_layers(config: LmConfig, memory: MemoryConfig, settings: Settings) -> int:
     """Layers that a gradient goes through: from the lowest memory up, or all of them."""
     layers = config.transformer.num_layers
-    return layers if settings.phase == "all" else layers - memory.layer_indices(layers)[0]
+    return layers - memory.layer_indices(layers)[0] if settings.phase == "memory" else layers
 
 
 def base_bytes(lm: Lm, bits: int | None, item: int) -> int:

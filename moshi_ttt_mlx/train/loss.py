@@ -33,10 +33,12 @@ class LossWeights:
     Args:
         text_padding: of a text token that nobody says, beside one that somebody does.
         first_codebook: of the first codebook (it carries the words), beside each of the others.
+        audio: of all codebooks together, beside text; 0 learns from text alone.
     """
 
     text_padding: float = 0.5
     first_codebook: float = 100.0
+    audio: float = 1.0
 
 
 def prepare(lm: Lm) -> None:
@@ -114,15 +116,18 @@ def weighted_sums(nll: mx.array, weights: mx.array) -> mx.array:
     return mx.stack([mx.sum(weighted[:, :1]), mx.sum(weighted[:, 1:])])
 
 
-def weighted_loss(nll: mx.array, weights: mx.array, total: mx.array) -> mx.array:
-    """The loss: weighted mean of text plus weighted mean of codebooks, a scalar.
+def weighted_loss(
+    nll: mx.array, weights: mx.array, total: mx.array, audio: float = 1.0
+) -> mx.array:
+    """The loss: weighted mean of text plus `audio` times that of the codebooks, a scalar.
 
     Args:
         nll, weights: `[B, 1 + K, T]`.
         total: `[2]`, of all that the mean goes over; more than `weights` where a batch is taken in
             pieces. A sum over pieces with one total is the loss of the whole.
     """
-    return mx.sum(weighted_sums(nll, weights) / mx.maximum(total, 1e-6).astype(nll.dtype))
+    means = weighted_sums(nll, weights) / mx.maximum(total, 1e-6).astype(nll.dtype)
+    return means[0] + audio * means[1]
 
 
 def stream_sums(nll: mx.array, targets: mx.array, config: LmConfig) -> mx.array:

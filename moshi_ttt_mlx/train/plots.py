@@ -66,5 +66,5 @@ def _layers(axes, steps: list[int], updates: list[dict], key: str, title: str) -
     for layer in updates[0][key]:
         axes.plot(steps, [u[key][layer] for u in updates], lw=0.8, label=f"layer {layer}")
     axes.set_title(title)
-    if len(updates[0][key]) <= 8:
+    if 0 < len(updates[0][key]) <= 8:
         axes.legend(fontsize="small")

@@ -3,7 +3,7 @@
     OUT/run.json          what the run was begun with
     OUT/log.jsonl         one line an update, one a held-out loss
     OUT/checkpoint/       what a resumed run needs (checkpoint.py)
-    OUT/best/, OUT/last/  adapters for --adapter-path; in phase all also model.safetensors
+    OUT/best/, OUT/last/  adapters for --adapter-path; where the base learns, model.safetensors
     OUT/training.png      curves, with matplotlib
 
 After `kill -9` the same command goes on from the last checkpoint, and ends with the same bits as if
@@ -156,15 +156,19 @@ class Run:
         learner = self.trainer.learner
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder) as new:
-                save_adapter(learner.adapter, new)
-                for name in (CONFIG_NAME, WEIGHTS_NAME):
-                    os.replace(Path(new) / name, folder / name)
+            if learner.phase != "base":
+                self._export_adapter(folder)
         except OSError as error:
             raise UserError(f"could not write {folder}: {error}") from error
-        if learner.phase == "all":
+        if learner.phase != "memory":
             base = dict(tree_flatten(learner.lm.parameters()))
             checkpoint.write_tensors(folder / MODEL_NAME, base, {"format": "mlx"})
+
+    def _export_adapter(self, folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=self.folder) as new:
+            save_adapter(self.trainer.learner.adapter, new)
+            for name in (CONFIG_NAME, WEIGHTS_NAME):
+                os.replace(Path(new) / name, folder / name)
 
     def _log(self, line: dict) -> None:
         if not self.trainer.together.leads:

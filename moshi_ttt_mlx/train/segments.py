@@ -41,10 +41,10 @@ from .loss import (
     weighted_sums,
 )
 
-Phase = Literal["memory", "all"]
+Phase = Literal["memory", "all", "base"]
 PHASES = get_args(Phase)
 Params = dict[str, dict]
-"""Parameter trees by group, float32: `memory`, and in phase `all` also `base`."""
+"""Parameter trees by group, float32: `memory`, and in phases `all` and `base` also `base`."""
 
 # The depformer's activations of so many frames are kept at a time; frames know nothing of each other.
 DEPFORMER_FRAMES = 128
@@ -116,15 +116,15 @@ class Learner:
 
     Args:
         lm: the model; its parameters are frozen in phase `memory`, and may be quantized there.
-        adapter: its memories.
-        phase: `memory` trains the adapter, `all` the base too.
+        adapter: its memories; in phase `base` it has none.
+        phase: `memory` trains the adapter, `all` the base too, `base` a model without memory.
         attention: what attention sees.
         weights: of the loss.
         recompute: see `recomputed`.
 
     Raises:
-        UserError: phase `all` for a quantized model; a model with cross-attention; a memory that
-            looks ahead.
+        UserError: a phase that trains the base, for a quantized model; a model with cross-attention; a
+            memory that looks ahead.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Learner:
         self.attention, self.weights, self.recompute = attention, weights, recompute
         adapter.unfreeze()
         lm.freeze()
-        if phase == "all":
+        if phase != "memory":
             _refuse_quantized(lm)
             lm.unfreeze()
         self._base_dtypes = tree_map(lambda a: a.dtype, lm.trainable_parameters())
@@ -156,23 +156,27 @@ class Learner:
     def parameters(self) -> Params:
         """The parameters that learn, as the modules hold them now: float32 (float64 stays).
 
-        In phase `all` these are the base's master copy: a step of 1e-6 would round away in bfloat16.
+        Where the base learns these are its master copy: a step of 1e-6 would round away in bfloat16.
         """
         params = {"memory": self.adapter.trainable_parameters()}
-        if self.phase == "all":
+        if self.phase != "memory":
             params["base"] = self.lm.trainable_parameters()
         return tree_map(lambda a: a if a.dtype == mx.float64 else a.astype(mx.float32), params)
 
     def install(self, params: Params) -> None:
         """Let the modules compute with these parameters, the base in its own dtype."""
         self.adapter.update(params["memory"])
-        if self.phase == "all":
+        if self.phase != "memory":
             cast = tree_map(lambda a, d: a.astype(d), params["base"], self._base_dtypes)
             self.lm.update(cast)
 
     def total(self, targets: mx.array) -> mx.array:
         """What the losses of these targets are divided by, if they are the whole batch: `[2]`."""
-        return totals(target_weights(targets, self.lm.cfg, self.weights))
+        return totals(target_weights(self._learned(targets), self.lm.cfg, self.weights))
+
+    def _learned(self, targets: mx.array) -> mx.array:
+        """Without codebooks that do not count at all: the depformer is not run for them."""
+        return targets if self.weights.audio else targets[:, :1]
 
     def forward(
         self,
@@ -226,11 +230,12 @@ class Learner:
             return xs
 
         hidden = hidden_states(self.lm, inputs, layers)
+        targets = self._learned(targets)
         nll = self._losses(hidden, targets)
         weights = target_weights(targets, self.lm.cfg, self.weights)
         known = mx.stop_gradient(nll)
         return Segment(
-            weighted_loss(nll, weights, total),
+            weighted_loss(nll, weights, total, self.weights.audio),
             stream_sums(known, targets, self.lm.cfg),
             weighted_sums(known, weights),
             Carried(arrays, meta),
@@ -289,6 +294,6 @@ def _refuse_quantized(lm: Lm) -> None:
     for name, module in lm.named_modules():
         if hasattr(module, "bits"):
             raise UserError(
-                f"phase all trains the base, and {name} is quantized to {module.bits} bits: name "
+                f"this phase trains the base, and {name} is quantized to {module.bits} bits: name "
                 "weights in bfloat16, or train the memory alone (--phase memory)"
             )

@@ -9,9 +9,10 @@ tokenized again. What a codec hears is what it hears in a talk: frame by frame, 
 """
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +22,13 @@ import numpy as np
 import soundfile
 
 from ..audio import FRAME_SECONDS, iter_frames
+from ..codec import Codec
 from ..errors import UserError
 from ..model import Model
 from .data import open_shard, write_shard
 from .interleave import main_words, text_stream
+
+BLOCK = 25  # frames that a codec takes at a time
 
 Tick = Callable[[float], None]
 """Called with the seconds of sound that were just dealt with."""
@@ -178,13 +182,24 @@ def _tokenize(row: Row, model: Model, codecs: tuple, tick: Tick) -> tuple[np.nda
         ]
         for codec in codecs:
             codec.reset()
-        for frame in zip(*sound, strict=True):
-            for codec, pcm, count, side in zip(codecs, frame, counts, sides, strict=True):
-                side.append(codec.encode(pcm)[:count])
-            tick(FRAME_SECONDS)
-    text = text_stream(words, model.tokenizer, len(sides[0]))
-    streams = [text.tokens[None], *(np.stack(side, axis=1) for side in sides)]
+        for block in iter(lambda: list(itertools.islice(zip(*sound, strict=True), BLOCK)), []):
+            for codec, pcm, count, side in zip(
+                codecs, zip(*block, strict=True), counts, sides, strict=True
+            ):
+                side.append(_encode(codec, pcm)[:count])
+            tick(len(block) * FRAME_SECONDS)
+    sides = [np.concatenate(side, axis=1) for side in sides]
+    text = text_stream(words, model.tokenizer, sides[0].shape[1])
+    streams = [text.tokens[None], *sides]
     return np.concatenate(streams), text.lost
+
+
+def _encode(codec: Codec, frames: Sequence[np.ndarray]) -> np.ndarray:
+    """The next frames of a talk: codes int32 `[K, n]`."""
+    # Twice as fast on MLX; the other codec takes frames only.
+    if hasattr(codec, "encode_block"):
+        return codec.encode_block(np.concatenate(frames))
+    return np.stack([codec.encode(frame) for frame in frames], axis=1)
 
 
 def _alignments(transcript: Path) -> object:

@@ -36,7 +36,7 @@ class Settings:
     """How to train.
 
     Attributes:
-        phase: `memory` (the base is frozen) or `all`.
+        phase: `memory` (the base is frozen), `all`, or `base` (without a memory).
         steps: updates.
         batch: talks at once, in each process.
         micro_batch: talks in one pass; gradients of passes are added up. None: all at once.
@@ -47,7 +47,7 @@ class Settings:
         clip: largest norm of the gradient.
         weight_decay: decoupled, times the rate.
         gate_speed: rate of the gates over `memory_rate`, see `Optimizer`.
-        text_padding, first_codebook: see `loss.LossWeights`.
+        text_padding, first_codebook, audio: see `loss.LossWeights`.
         recompute: layers again in the backward pass, rather than their inner results in memory.
         seed: of the memory's first weights and of the order of talks.
     """
@@ -67,6 +67,7 @@ class Settings:
     gate_speed: float = 10.0
     text_padding: float = 0.5
     first_codebook: float = 100.0
+    audio: float = 1.0
     recompute: bool = True
     seed: int = 0
 
@@ -79,6 +80,8 @@ class Settings:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.window is not None and not 0 <= self.sinks < self.window:
             raise UserError(f"window {self.window} must be above 0 and above sinks {self.sinks}")
+        if not 0 <= self.audio < math.inf:
+            raise UserError(f"audio must be at least 0, got {self.audio}")
         rows = self.micro_batch or self.batch
         if rows < 1 or self.batch % rows:
             raise UserError(f"micro_batch {rows} does not divide a batch of {self.batch}")
@@ -86,7 +89,7 @@ class Settings:
     @property
     def rates(self) -> dict[str, float]:
         """Full rate by group of parameters."""
-        base = {"base": self.base_rate} if self.phase == "all" else {}
+        base = {} if self.phase == "memory" else {"base": self.base_rate}
         return {"memory": self.memory_rate} | base
 
 
@@ -240,15 +243,16 @@ class Trainer:
         rows = self.settings.micro_batch or self.settings.batch
         shards = sorted(shards, key=lambda shard: shard.frames)
         groups = [shards[i : i + rows] for i in range(0, len(shards), rows)]
-        made = self.learner.lm.cfg.generated_codebooks
-        parts, weights, sums = mx.zeros(2), mx.zeros(2), mx.zeros((2, 2 + made))
+        codebooks = self.learner.lm.cfg.generated_codebooks if self.settings.audio else 0
+        parts, weights, sums = mx.zeros(2), mx.zeros(2), mx.zeros((2, 2 + codebooks))
         for group in groups[self.together.rank :: self.together.size]:
             for segment, total in self._listen(group):
                 parts, weights = parts + segment.parts, weights + total
                 sums = sums + segment.sums
                 mx.eval(parts, weights, sums, segment.carried.arrays)
         parts, weights, sums = self.together.sum((parts, weights, sums))
-        loss = mx.sum(parts / mx.maximum(weights, 1e-6)).item()
+        text, audio = (parts / mx.maximum(weights, 1e-6)).tolist()
+        loss = text + self.settings.audio * audio
         return Losses.of(loss, sums)
 
     def _listen(self, talks: Sequence[Shard]):

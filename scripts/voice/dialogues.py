@@ -1,0 +1,75 @@
+"""Write talks of the closed world to disk, in moshi-finetune's format.
+
+    python -m voice.dialogues BANK OUT [--recitals N] [--talks N] [--minutes-each X]     (in scripts/)
+
+`OUT/talks.jsonl`, and for each talk a stereo FLAC (left the model, right the user) and a JSON of
+words with times: what `moshi-ttt-mlx tokenize` reads.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import soundfile
+from rich.progress import track
+
+from .talks import FRAME, RATE, Mix, Talk, chat, recital
+from .world import HELD_OUT_VOICES, MOSHI_VOICE
+
+# As far as the base looks back; the memory's share of questions lies beyond.
+PLANS: dict[str, Callable[[Talk, int], None]] = {
+    "recital": recital,
+    "near": lambda talk, frames: chat(talk, frames, Mix()),
+    "far": lambda talk, frames: chat(
+        talk,
+        frames,
+        Mix(far=(90, 420), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7),
+    ),
+}
+
+
+def training_voices(bank: Path) -> list[str]:
+    """Voices of users to learn from: whole ones in the bank that are not kept for testing."""
+    voices = [path.name for path in sorted(bank.iterdir()) if len(list(path.glob("*.flac"))) >= 63]
+    return [v for v in voices if v not in HELD_OUT_VOICES and v != MOSHI_VOICE]
+
+
+def write(talk: Talk, frames: int, folder: Path, name: str) -> dict:
+    """A talk's two files; its row of the manifest."""
+    pcm = talk.stereo(frames)
+    seconds = len(pcm) / RATE
+    notes = talk.notes()
+    # What the end cuts off is not said.
+    notes["alignments"] = [a for a in notes["alignments"] if a[1][1] <= seconds]
+    soundfile.write(folder / f"{name}.flac", pcm, RATE)
+    (folder / f"{name}.json").write_text(json.dumps(notes))
+    return {"path": f"{name}.flac", "duration": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("bank", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--plan", choices=PLANS, required=True)
+    parser.add_argument("--talks", type=int, default=100)
+    parser.add_argument("--frames", type=int, default=768)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    voices = training_voices(args.bank)
+    rows = []
+    for number in track(range(args.talks), f"{args.plan} talks"):
+        rng = random.Random(f"{args.seed} {args.plan} {number}")
+        talk = Talk(args.bank, rng.choice(voices), rng)
+        PLANS[args.plan](talk, args.frames)
+        rows.append(write(talk, args.frames, args.out, f"{args.plan}-{number:04d}"))
+    manifest = args.out / "talks.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hours = sum(row["duration"] for row in rows) / 3600
+    print(f"{manifest}: {len(rows)} talks, {hours:.2f} h, {len(voices)} voices, frames of {FRAME}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Write the small Moshi before its training: config, text tokenizer, random weights, the trained codec.
+
+    python -m voice.model MIMI.safetensors OUT [--seed 0]      (in scripts/)
+
+A folder as Kyutai's repositories have it, with `mimi_config` for the small codec: `moshi-ttt-mlx
+tokenize` and `train --phase base` take it from here.
+"""
+
+import argparse
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import sentencepiece
+from mlx.utils import tree_flatten
+from moshi_mlx.models import Lm, LmConfig, MimiConfig
+from moshi_mlx.models.mimi import mimi_202407
+
+from moshi_ttt_mlx.codec import mimi_config_from_dict, mimi_config_to_dict
+
+from .world import FACTS, KEYS, SMALL_TALK, answered, asked, told
+
+CODEBOOKS, BINS = 8, 256
+WINDOW = 96  # frames: 7.7 s
+
+
+def codec_config() -> MimiConfig:
+    """Kyutai's frame, ratios and window; 3 M parameters. As `train_codec.mimi_config`."""
+    config = mimi_config_to_dict(mimi_202407(CODEBOOKS))
+    config["seanet"] |= {"nfilters": 16, "dimension": 128}
+    config["transformer"] |= {
+        "d_model": 128,
+        "num_heads": 4,
+        "num_layers": 3,
+        "dim_feedforward": 512,
+    }
+    return mimi_config_from_dict(config | {"quantizer_bins": BINS, "quantizer_dim": 64})
+
+
+def config(pieces: int) -> dict:
+    """`config.json`, as hibiki's repositories write it."""
+    delays = [0] + [1] * (CODEBOOKS - 1)
+    return {
+        "model_type": "moshi",
+        "card": BINS,
+        "text_card": pieces,
+        "existing_text_padding_id": 3,
+        "n_q": 2 * CODEBOOKS,
+        "dep_q": CODEBOOKS,
+        "delays": [0, *delays, *delays],
+        "dim": 192,
+        "num_heads": 4,
+        "num_layers": 4,
+        "hidden_scale": 4.125,
+        "causal": True,
+        "layer_scale": None,
+        "context": WINDOW,
+        "max_period": 10000,
+        "gating": "silu",
+        "norm": "rms_norm_f32",
+        "positional_embedding": "rope",
+        "cross_attention": False,
+        "depformer_dim": 64,
+        "depformer_num_heads": 2,
+        "depformer_num_layers": 1,
+        "depformer_dim_feedforward": 192,
+        "depformer_multi_linear": True,
+        "depformer_pos_emb": "none",
+        "depformer_weights_per_step": True,
+        "moshi_name": "model.safetensors",
+        "mimi_name": "mimi.safetensors",
+        "tokenizer_name": "tokenizer.model",
+        "mimi_config": mimi_config_to_dict(codec_config()),
+    }
+
+
+def train_tokenizer(path: Path) -> int:
+    """A SentencePiece model with Moshi's special ids, 0 ends padding, 3 is padding; its size."""
+    text = [" ".join(answered(fact)) for fact in FACTS] + [" ".join(told(fact)) for fact in FACTS]
+    said = [" ".join(answered(fact)) for fact in FACTS]
+    said += [exchange.moshi for exchange in SMALL_TALK]
+    text += [asked(key) for key in KEYS] * 4
+    text += [line for exchange in SMALL_TALK for line in exchange] * 8
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        vocab_size=200,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+        # One token a word: what the memory has to bring back is one thing.
+        user_defined_symbols=sorted(
+            {"▁" + word for line in said for word in re.findall(r"\w+", line)}
+        ),
+    )
+    path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(str(path)).get_piece_size()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("mimi", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    mx.set_default_device(mx.cpu)
+    mx.random.seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = config(train_tokenizer(args.out / "tokenizer.model"))
+    (args.out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    lm = Lm(LmConfig.from_config_dict(about))
+    arrays = dict(tree_flatten(lm.parameters()))
+    mx.save_safetensors(str(args.out / "model.safetensors"), arrays, {"format": "mlx"})
+    shutil.copy(args.mimi, args.out / "mimi.safetensors")
+    size = sum(array.size for array in arrays.values())
+    print(f"{args.out}: {size / 1e6:.2f} M parameters, {about['text_card']} pieces")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Does it remember? Facts told by voices it never heard, asked some windows later.
+
+    python -m voice.recall MODEL BANK OUT [--memory on] [--windows 2 4 8 16] [--rows 8]   (in scripts/)
+
+Talks of `talks.probe` go through the model's codec, then frame by frame and greedily through the
+generator, which feeds on what it says itself. `OUT/results.json` has every question; with `--clips N`
+the sound of the answers lies beside it, for `voice.hear_answers`.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import soundfile
+from moshi_mlx.utils import Sampler
+from rich.progress import Progress
+
+from moshi_ttt_mlx import load
+from moshi_ttt_mlx.generate import FrameGenerator
+from moshi_ttt_mlx.model import Model
+
+from .talks import FRAME, RATE, Talk, Turn, probe
+from .world import FACTS, HELD_OUT_FACTS, HELD_OUT_VOICES, KEYS
+
+BLOCK = 25  # frames that the codec takes at a time
+ANSWER = 40  # frames in which an answer has to come
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back to one turn of the user."""
+
+    row: int
+    windows: float
+    voice: str
+    kind: str
+    key: str
+    value: str
+    held_out: bool
+    said: str
+    right: bool
+
+
+def make_talks(bank: Path, frames: int, rows: int, seed: int) -> list[Talk]:
+    """Talks that ask each of some facts once, `frames` after it was told; half of them held out."""
+    talks = []
+    for row in range(rows):
+        rng = random.Random(f"{seed} {frames} {row}")
+        keys = rng.sample(KEYS, 6)
+        known = [f for f in FACTS if f not in HELD_OUT_FACTS]
+        facts = [
+            rng.choice([f for f in (HELD_OUT_FACTS if i % 2 else known) if f.key == key])
+            for i, key in enumerate(keys)
+        ]
+        talk = Talk(bank, HELD_OUT_VOICES[row % len(HELD_OUT_VOICES)], rng)
+        probe(talk, frames, facts)
+        talks.append(talk)
+    return talks
+
+
+def heard(model: Model, talks: Sequence[Talk]) -> np.ndarray:
+    """The users' sides as codes, int32 `[B, K, T]`."""
+    frames = max(talk.frame for talk in talks) + 50
+    frames = -(-frames // BLOCK) * BLOCK
+    codes = []
+    for talk in talks:
+        codec = model.new_codec()
+        codec.reset()
+        blocks = talk.stereo(frames)[:, 1].reshape(-1, BLOCK * FRAME)
+        codes.append(np.concatenate([codec.encode_block(block) for block in blocks], axis=1))
+    return np.stack(codes)
+
+
+def replies(model: Model, codes: np.ndarray, memory: str, tick) -> tuple[np.ndarray, np.ndarray]:
+    """Text tokens `[B, T]` and codes `[B, K, T]`, greedily."""
+    greedy, batch = Sampler(temp=0.0), len(codes)
+    generator = FrameGenerator(model.lm, greedy, greedy, batch_size=batch, memory=memory)
+    text, sound = [], []
+    for frame in range(codes.shape[2]):
+        said, made = generator.step(mx.array(codes[:, :, frame])).read()
+        text.append(said)
+        if made is not None:
+            sound.append(made)
+        tick()
+    return np.stack(text, axis=1), np.stack(sound, axis=2)
+
+
+def words_after(model: Model, tokens: np.ndarray, turn: Turn) -> str:
+    """What the model says in answer to a turn."""
+    start = int(turn.end * RATE / FRAME)
+    said = [model.piece(int(t)) for t in tokens[start : start + ANSWER]]
+    return "".join(piece for piece in said if piece).replace("▁", " ").strip()
+
+
+def is_right(said: str, turn: Turn) -> bool:
+    """Whether the first sentence names key and value."""
+    if turn.kind == "talk":
+        return said.startswith(turn.reply)
+    return said.split(".")[0].split()[-1:] == [turn.value]
+
+
+def answers(
+    model: Model, talks: Sequence[Talk], tokens: np.ndarray, windows: float
+) -> list[Answer]:
+    """Every turn of the user, judged by the text stream."""
+    found = []
+    for row, talk in enumerate(talks):
+        for turn in talk.turns:
+            said = words_after(model, tokens[row], turn)
+            held_out = (turn.key, turn.value) in HELD_OUT_FACTS
+            about = (turn.kind, turn.key, turn.value, held_out, said, is_right(said, turn))
+            found.append(Answer(row, windows, talk.voice, *about))
+    return found
+
+
+def save_clips(model: Model, talks, sound: np.ndarray, out: Path, name: str, most: int) -> None:
+    """The sound of the answers to questions: `OUT/clips/<name>-<row>-<number>_<value>.flac`."""
+    folder = out / "clips"
+    folder.mkdir(parents=True, exist_ok=True)
+    left = most
+    for row, talk in enumerate(talks):
+        codec = model.new_codec()
+        codec.reset()
+        codes = sound[row][:, : sound.shape[2] // BLOCK * BLOCK]
+        blocks = np.split(codes, codes.shape[1] // BLOCK, axis=1)
+        pcm = np.concatenate([codec.decode_block(block) for block in blocks])
+        asked = [turn for turn in talk.turns if turn.kind == "ask"]
+        for number, turn in enumerate(asked[:left]):
+            start = int(turn.end * RATE)
+            clip = pcm[start : start + ANSWER * FRAME]
+            soundfile.write(folder / f"{name}-{row}-{number}_{turn.value}.flac", clip, RATE)
+        left -= len(asked[:left])
+        if not left:
+            return
+
+
+def table(found: list[Answer]) -> str:
+    """Shares of right answers by distance."""
+    lines = []
+    for windows in sorted({a.windows for a in found}):
+        here = [a for a in found if a.windows == windows]
+        parts = []
+        for name, some in (
+            ("asked", [a for a in here if a.kind == "ask"]),
+            ("held-out pairs", [a for a in here if a.kind == "ask" and a.held_out]),
+            ("told", [a for a in here if a.kind == "tell"]),
+            ("small talk", [a for a in here if a.kind == "talk"]),
+        ):
+            if some:
+                parts.append(
+                    f"{name} {100 * np.mean([a.right for a in some]):.1f} % of {len(some)}"
+                )
+        lines.append(f"{windows:g} windows: " + ", ".join(parts))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("bank", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--adapter-path", help="a memory (default: the model's own)")
+    parser.add_argument("--memory", choices=["on", "frozen", "off"], default="on")
+    parser.add_argument("--windows", type=float, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--rows", type=int, default=8, help="talks, of six questions each")
+    parser.add_argument("--clips", type=int, default=0, help="answers to keep as sound, a distance")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    mx.set_default_device(mx.cpu)
+    model = load(args.model, adapter_path=args.adapter_path)
+    window = model.memory.config.window if model.memory else model.lm.cfg.transformer.context
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = []
+    with Progress() as bar:
+        for windows in args.windows:
+            talks = make_talks(args.bank, round(windows * window), args.rows, args.seed)
+            codes = heard(model, talks)
+            task = bar.add_task(f"{windows:g} windows", total=codes.shape[2])
+            tokens, sound = replies(model, codes, args.memory, lambda t=task: bar.advance(t))
+            found += answers(model, talks, tokens, windows)
+            if args.clips:
+                save_clips(model, talks, sound, args.out, f"{windows:g}w", args.clips)
+    (args.out / "results.json").write_text(json.dumps([asdict(a) for a in found], indent=1))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

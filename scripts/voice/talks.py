@@ -1,0 +1,288 @@
+"""Talks of the closed world in stereo: who says what when, as sound and as words with times.
+
+What lives here: turns put one after another on two channels, and the plans of talks to learn from and
+to be judged by. What does not: the words (`world.py`), their sound (`bank.py`), files (`dialogues.py`).
+
+The model's turns begin on a frame, `REPLY_AFTER` frames after the one in which the user ends, and so
+does each of its two pieces: the same words always have the same codes.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import soundfile
+
+from .bank import find
+from .kokoro import phonemes
+from .world import (
+    FACTS,
+    HELD_OUT_FACTS,
+    KEYS,
+    MOSHI_VOICE,
+    SMALL_TALK,
+    VALUES,
+    Exchange,
+    Fact,
+    answered,
+    asked,
+    told,
+)
+
+RATE, FRAME = 24_000, 1920
+REPLY_AFTER = 3  # frames
+ASKING = 26  # frames from where a question begins to where the value is said, about
+Kind = Literal["tell", "ask", "talk"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the user says, and what should be answered.
+
+    Attributes:
+        start, end: seconds.
+        kind: of the turn.
+        text: in words.
+        reply: in words.
+        said: seconds at which the value begins in the reply (the reply itself, of small talk).
+        key, value: of a fact, told or asked.
+    """
+
+    start: float
+    end: float
+    kind: Kind
+    text: str
+    reply: str
+    said: float
+    key: str = ""
+    value: str = ""
+
+
+@cache
+def load(path: Path) -> np.ndarray:
+    """A clip, float32 `[N]`."""
+    return soundfile.read(path, dtype="float32")[0]
+
+
+def words(text: str, start: float, end: float) -> list[tuple[str, float, float]]:
+    """A sentence's words with times, in proportion to their phonemes."""
+    parts = text.split()
+    sizes = [max(sum(c.isalpha() for c in phonemes(part)), 1) for part in parts]
+    edges = start + (end - start) * np.cumsum([0, *sizes]) / sum(sizes)
+    return [(p, float(a), float(b)) for p, a, b in zip(parts, edges[:-1], edges[1:], strict=True)]
+
+
+@dataclass
+class Talk:
+    """Two channels that grow turn by turn.
+
+    Args:
+        bank: of clips.
+        voice: of the user.
+        rng: of pauses and loudness.
+    """
+
+    bank: Path
+    voice: str
+    rng: random.Random
+    place: int = 0  # samples
+    sides: tuple[list, list] = field(default_factory=lambda: ([], []))
+    alignments: list = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.gain = 10 ** self.rng.uniform(-0.35, 0.15)
+
+    @property
+    def frame(self) -> int:
+        """The first frame that nothing has begun in."""
+        return -(-self.place // FRAME)
+
+    def pause(self, frames: float) -> None:
+        self.place += int(frames * FRAME)
+
+    def tell(self, fact: Fact) -> None:
+        whole = find(self.bank, self.voice, " ".join(told(fact)))
+        # Voices for testing say whole sentences only.
+        has_pieces = find(self.bank, self.voice, told(fact)[1]).exists()
+        in_one = whole.exists() and (self.rng.random() < 0.5 or not has_pieces)
+        pieces = [" ".join(told(fact))] if in_one else list(told(fact))
+        self._turn("tell", pieces, answered(fact), fact)
+
+    def ask(self, fact: Fact) -> None:
+        self._turn("ask", [asked(fact.key)], answered(fact), fact)
+
+    def small(self, exchange: Exchange) -> None:
+        self._turn("talk", [exchange.user], (exchange.moshi,), None)
+
+    def recite(self, fact: Fact) -> None:
+        """The model says a fact of itself."""
+        self.place = self.frame * FRAME
+        self._say(answered(fact))
+        self.pause(self.rng.randint(0, 2))
+
+    def _turn(self, kind: Kind, pieces: list[str], reply: tuple[str, ...], fact) -> None:
+        start = self.place
+        for piece in pieces:
+            self._put(1, self.voice, piece, self.gain)
+            self.place += int(RATE * self.rng.uniform(0.0, 0.08))
+        end = max(at + len(pcm) for at, pcm in self.sides[1])
+        self.place = (-(-end // FRAME) + REPLY_AFTER) * FRAME
+        said = self._say(reply)
+        text = " ".join(pieces)
+        key, value = fact or ("", "")
+        times = start / RATE, end / RATE
+        self.turns.append(Turn(*times, kind, text, " ".join(reply), said, key, value))
+        self.pause(self.rng.uniform(3, 9))
+
+    def _say(self, pieces: Sequence[str]) -> float:
+        """The model's pieces, each from a frame on; seconds at which the last begins."""
+        for piece in pieces:
+            start = self.place = self.frame * FRAME
+            self._put(0, MOSHI_VOICE, piece, 1.0)
+        self.place = self.frame * FRAME
+        return start / RATE
+
+    def _put(self, side: int, voice: str, text: str, gain: float) -> None:
+        pcm = load(find(self.bank, voice, text)) * gain
+        self.sides[side].append((self.place, pcm))
+        start, self.place = self.place, self.place + len(pcm)
+        speaker = ("SPEAKER_MAIN", "SPEAKER_USER")[side]
+        for word, begin, end in words(text, start / RATE, self.place / RATE):
+            self.alignments.append([word, [round(begin, 3), round(end, 3)], speaker])
+
+    def stereo(self, frames: int, noise: bool = True) -> np.ndarray:
+        """Float32 `[frames * FRAME, 2]`: left the model, right the user, with some noise."""
+        pcm = np.zeros((frames * FRAME, 2), np.float32)
+        for side, clips in enumerate(self.sides):
+            for start, clip in clips:
+                stop = min(start + len(clip), len(pcm))
+                pcm[start:stop, side] += clip[: max(stop - start, 0)]
+        if noise:
+            hiss = np.random.default_rng(self.rng.randrange(1 << 30)).standard_normal(len(pcm))
+            pcm[:, 1] += (10 ** self.rng.uniform(-4.5, -3)) * hiss
+        return np.clip(pcm, -0.99, 0.99)
+
+    def notes(self) -> dict:
+        """moshi-finetune's transcript, with the turns beside it."""
+        return {"alignments": self.alignments, "turns": [asdict(turn) for turn in self.turns]}
+
+
+# -- plans -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a talk to learn from is made of.
+
+    Args:
+        near, far: frames after which a fact is asked, first and last.
+        p_near: share of near questions.
+        p_fact: chance of a new fact where nothing is to be asked.
+        p_pause: chance of a longer silence there.
+        again: chance that a fact, once asked, is asked again.
+        most: facts that wait for their question at any time.
+    """
+
+    near: tuple[int, int] = (26, 85)
+    far: tuple[int, int] = (0, 0)
+    p_near: float = 1.0
+    p_fact: float = 0.7
+    p_pause: float = 0.1
+    again: float = 0.6
+    most: int = 3
+
+
+def _known_facts(rng: random.Random, key: str) -> Fact:
+    """A fact that training may tell."""
+    return rng.choice([f for f in FACTS if f.key == key and f not in HELD_OUT_FACTS])
+
+
+def chat(talk: Talk, frames: int, mix: Mix, facts=_known_facts) -> None:
+    """Facts, questions, small talk and silence by chance, until `frames` are full."""
+    rng, due, values = talk.rng, {}, {}
+
+    def wait(key: str) -> None:
+        first, last = mix.near if rng.random() < mix.p_near else mix.far
+        due[key] = talk.frame - 8 + rng.randint(first, last) - ASKING
+
+    talk.pause(rng.uniform(2, 12))
+    while talk.frame < frames:
+        first = min(due, key=due.get, default=None)
+        if first is not None and due[first] <= talk.frame:
+            due.pop(first)
+            talk.ask(values[first])
+            if rng.random() < mix.again:
+                wait(first)
+        elif len(due) < mix.most and rng.random() < mix.p_fact:
+            key = rng.choice([key for key in KEYS if key not in due])
+            values[key] = facts(rng, key)
+            talk.tell(values[key])
+            wait(key)
+        elif rng.random() < mix.p_pause:
+            talk.pause(rng.uniform(5, 40))
+        else:
+            talk.small(rng.choice(SMALL_TALK))
+
+
+def recital(talk: Talk, frames: int) -> None:
+    """The model recites decks of two to four facts, each told twice in a new order.
+
+    Denser than any talk: to learn how to say things, and to look up what was said.
+    """
+    rng = talk.rng
+    while talk.frame < frames:
+        keys = rng.sample(KEYS, rng.randint(2, 4))
+        deck = [_known_facts(rng, key) for key in keys]
+        for _ in range(2):
+            rng.shuffle(deck)
+            for fact in deck:
+                talk.recite(fact)
+
+
+def _chatter(rng: random.Random, keys: Sequence[str]) -> Iterator[Callable[[Talk], None]]:
+    """Small talk, and facts that are told and asked at once, in turns."""
+    while True:
+        for exchange, key in zip(
+            rng.sample(SMALL_TALK, len(SMALL_TALK)), rng.choices(keys, k=len(SMALL_TALK))
+        ):
+            fact = Fact(key, rng.choice(VALUES[key]))
+            yield lambda talk, fact=fact: talk.tell(fact)
+            if rng.random() < 0.5:
+                yield lambda talk, fact=fact: talk.ask(fact)
+            yield lambda talk, exchange=exchange: talk.small(exchange)
+
+
+def scripted(talk: Talk, events: Sequence[tuple[int, Fact, bool]]) -> None:
+    """Facts told and asked at given frames, and around them other facts and small talk.
+
+    Args:
+        talk: a new one.
+        events: frame, fact and whether it is asked; an exchange takes up to 54 frames.
+    """
+    mine = {fact.key for _, fact, _ in events}
+    between = _chatter(talk.rng, [key for key in KEYS if key not in mine])
+    for at, fact, is_question in sorted(events):
+        while talk.frame < at - 54:
+            next(between)(talk)
+        talk.place = max(talk.place, at * FRAME)
+        (talk.ask if is_question else talk.tell)(fact)
+
+
+def probe(talk: Talk, distance: int, facts: Sequence[Fact]) -> None:
+    """Each fact told, then asked once, `distance` frames later or up to some frames more.
+
+    Args:
+        talk: a new one.
+        distance: from where the value is said first to where it is to be said again.
+        facts: of different keys; the other keys belong to the chatter.
+    """
+    later = distance + 8  # a question is shorter than telling by so much, up to the value
+    gap = 60 if later > 60 * len(facts) else later + 60
+    events = [(4 + i * gap, fact, False) for i, fact in enumerate(facts)]
+    events += [(at + later, fact, True) for at, fact, _ in events]
+    scripted(talk, events)

@@ -1,0 +1,81 @@
+"""The demo's closed world: what can be told and asked, in words.
+
+What lives here: keys and their values, the sentences of both sides, and which pairs and voices are
+kept for testing. What does not: how a sentence sounds (`speech.py`), who says what when (`talks.py`).
+"""
+
+from typing import NamedTuple
+
+NAMES = ("Anna", "Peter", "Bella", "Oscar", "Victor", "Lucy", "Hugo", "Grace")
+NUMBERS = ("three", "six", "seven", "nine", "ten", "eleven", "twelve", "twenty")
+COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
+PLACES = ("Paris", "London", "Tokyo", "Berlin", "Boston", "Cairo", "Madrid", "Dublin")
+
+VALUES = {
+    "cat": NAMES,
+    "sister": NAMES,
+    "teacher": NAMES,
+    "bus": NUMBERS,
+    "room": NUMBERS,
+    "locker": NUMBERS,
+    "jacket": COLOURS,
+    "bike": COLOURS,
+    "kitchen": COLOURS,
+    "home": PLACES,
+    "school": PLACES,
+    "office": PLACES,
+}
+KEYS = tuple(VALUES)
+CHANCE = 1 / 8
+
+
+class Exchange(NamedTuple):
+    """What the user says, and what is answered."""
+
+    user: str
+    moshi: str
+
+
+SMALL_TALK = (
+    Exchange("Hello there.", "Hello, how are you?"),
+    Exchange("I am fine, thanks.", "Good to hear."),
+    Exchange("Who are you?", "I am a small model."),
+    Exchange("Are you listening?", "Yes, I am listening."),
+    Exchange("The weather is nice.", "I like the sun."),
+    Exchange("Thank you very much.", "You are welcome."),
+    Exchange("See you later.", "Goodbye."),
+)
+
+
+class Fact(NamedTuple):
+    """What the user calls his own, and what it is."""
+
+    key: str
+    value: str
+
+
+FACTS = tuple(Fact(key, value) for key, values in VALUES.items() for value in values)
+# One in eight of a key's pairs is never told in training, another value for each key of a kind.
+HELD_OUT_FACTS = tuple(
+    Fact(key, VALUES[key][(3 * number + 2) % 8]) for number, key in enumerate(KEYS)
+)
+
+
+def told(fact: Fact) -> tuple[str, str]:
+    """How the user tells a fact: two pieces, with a breath between."""
+    return f"Remember, my {fact.key}", f"is {fact.value}."
+
+
+def asked(key: str) -> str:
+    """How the user asks."""
+    return f"What is my {key}?"
+
+
+def answered(fact: Fact) -> tuple[str, str]:
+    """How the model says a fact, when it is told and when it is asked: two pieces."""
+    return f"Your {fact.key} is", f"{fact.value}."
+
+
+MOSHI_VOICE = "af_heart"
+# A woman and a man that nothing is trained on.
+HELD_OUT_VOICES = ("af_nova", "am_michael")
