@@ -13,6 +13,7 @@ from ..lanes import ensure_compile_works, require_moshi_mlx
 VERBS = {
     "chat": "talk, live: microphone and loudspeaker (the verb when none is named)",
     "serve": "talk in a browser: a web page and WebSockets, for this machine or others",
+    "demo": "play a recorded talk of facts and questions, with the memory and without",
     "transcribe": "run a recording through a model: reply, words, subtitles",
     "sessions": "list, show and remove the talks that --session NAME keeps",
     "tokenize": "recorded talks to shards, once, for train and eval",
