@@ -4,7 +4,8 @@
     tiny_stt(tmp_path / "stt", bits=4, stt_config={"audio_delay_seconds": 0.16})
 
 Each writes a folder that `moshi_ttt_mlx.load` opens: `config.json`, the model, a small Mimi and a text
-tokenizer. Same arguments, same bytes.
+tokenizer. Same arguments, same bytes. `load(SMALL)` is one that is there already: a Moshi without a
+memory, written by `scripts/make_small_model.py`.
 """
 
 import functools
@@ -21,6 +22,8 @@ from mlx.utils import tree_flatten
 from moshi_mlx.models import Lm, LmConfig
 
 from moshi_ttt_mlx.codec import mimi_config_to_dict, small_mimi
+
+SMALL = str(Path(__file__).resolve().parent / "models" / "small")
 
 MIMI_NAME = "mimi-tiny.safetensors"
 TOKENIZER_NAME = "tokenizer_spm_tiny.model"

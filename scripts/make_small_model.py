@@ -1,6 +1,6 @@
-"""Write the bundled demo model: the whole machinery at tiny size, with random weights.
+"""Write the model of the tests: the whole machinery at tiny size, with random weights.
 
-    python scripts/make_demo_model.py [OUT] [--seed 0]
+    python scripts/make_small_model.py [OUT] [--seed 0]
 
 Four files in the formats of Kyutai's repositories: `config.json`, `model.safetensors`, a small Mimi in
 the codec's PyTorch layout and a SentencePiece text tokenizer. Nothing is trained: what this model says
@@ -21,7 +21,7 @@ from moshi_mlx.models import Lm, LmConfig
 
 from moshi_ttt_mlx.codec import mimi_config_to_dict, small_mimi
 
-OUT = Path(__file__).parent.parent / "moshi_ttt_mlx" / "models" / "demo"
+SMALL = Path(__file__).resolve().parent.parent / "tests" / "models" / "small"
 CODEBOOKS = 8
 
 THINGS = ["name", "colour", "number", "town", "sister", "brother", "garden", "friend", "house"]
@@ -55,7 +55,7 @@ def train_tokenizer(path: Path, pieces: int = 256) -> int:
     return sentencepiece.SentencePieceProcessor(str(path)).get_piece_size()
 
 
-def demo_config(pieces: int) -> dict:
+def small_config(pieces: int) -> dict:
     """`config.json` as hibiki's repositories write it, plus `mimi_config` for the small codec."""
     delays = [0] + [1] * (CODEBOOKS - 1)
     return {
@@ -88,7 +88,7 @@ def demo_config(pieces: int) -> dict:
 def write(folder: Path, seed: int) -> None:
     """All four files into one folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = demo_config(train_tokenizer(folder / "tokenizer.model"))
+    config = small_config(train_tokenizer(folder / "tokenizer.model"))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     mx.random.seed(seed)
     lm = Lm(LmConfig.from_config_dict(config))
@@ -99,7 +99,7 @@ def write(folder: Path, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path, nargs="?", default=OUT)
+    parser.add_argument("out", type=Path, nargs="?", default=SMALL)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)
