@@ -7,6 +7,7 @@ from itertools import islice
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny import SMALL
 
 from moshi_ttt_mlx import bench, bench_chunked, generate
 from moshi_ttt_mlx.cli import main
@@ -251,7 +252,7 @@ def test_table_first_json_last(quick, capsys):
 
 
 def test_bench_of_a_named_model(quick, capsys):
-    assert main(["bench", "--json", "--model", "demo"]) == 0
+    assert main(["bench", "--json", "--model", SMALL]) == 0
     assert json.loads(capsys.readouterr().out)["host_reads_per_frame"] == 1
 
 

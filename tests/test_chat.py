@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fake_talk import FakeDevice, FakeSession, PlayingDevice, voice
 from rich.console import Console
+from tiny import SMALL
 
 from moshi_ttt_mlx import live
 from moshi_ttt_mlx.cli import chat, main, screen
@@ -59,7 +60,7 @@ def stage(monkeypatch):
         answers = ()
 
         def run(self, *flags):
-            return main(["--model", "demo", *flags])
+            return main(["--model", SMALL, *flags])
 
     def remembering(*args, **kwargs):
         stage.talk = Talk(*args, **kwargs)
@@ -140,7 +141,12 @@ def test_into_a_pipe_go_words_alone_and_warnings_beside(stage, capsys):
     stage.run("--max-seconds", "0.4")
     out, err = capsys.readouterr()
     assert out == " w0 w1 w2 w3 w4\n"
-    assert err == f"warning: {chat.DEMO_NOTE}\n"
+    assert err == ""
+
+
+def test_the_demo_says_what_it_is(stage, capsys):
+    stage.run("--max-seconds", "0.4", "--model", "demo")
+    assert capsys.readouterr().err == f"warning: {chat.DEMO_NOTE}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -326,7 +332,6 @@ def test_a_device_that_comes_back_is_one_warning_and_one_note(stage, monkeypatch
     stage.microphone = SpeakingDevice(then=unplug)
     assert stage.run("--max-seconds", "1.6") == 0
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: {chat.DEMO_NOTE}",
         "warning: 'mic' is gone: plug it in again, the talk waits for it",
         "'mic' is back: the talk goes on",
     ]

@@ -312,10 +312,12 @@ def test_without_moshi_mlx_there_is_a_line_for_everything(tmp_path):
     """The state right after an install on Python 3.13: nothing may end in a traceback."""
     program = (
         "import sys; sys.modules['moshi_mlx'] = None; from moshi_ttt_mlx.cli import main; "
-        "sys.exit(main(['doctor', '--no-audio', '--hf-repo', 'demo']))"
+        "sys.exit(main(['doctor', '--no-audio', '--hf-repo', sys.argv[1]]))"
     )
     root = str(Path(__file__).resolve().parent.parent)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tiny.SMALL], capture_output=True, text=True, cwd=root
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(doctor.CHECKS) + 1

@@ -6,6 +6,7 @@ import pytest
 from mlx import nn
 from open_memory import CONFIG, save_open_memory
 from test_session import assert_same, sound, talk
+from tiny import SMALL
 
 from moshi_ttt_mlx import Session, UserError, load
 from moshi_ttt_mlx.cli import main
@@ -14,13 +15,13 @@ from moshi_ttt_mlx.surgery import find_memory
 
 @pytest.fixture(scope="module")
 def adapter_path(tmp_path_factory):
-    """A memory with open gates for the demo model."""
+    """A memory with open gates for the small model."""
     return save_open_memory(tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")
 def model(adapter_path):
-    return load("demo", adapter_path=adapter_path)
+    return load(SMALL, adapter_path=adapter_path)
 
 
 def test_the_adapter_is_loaded(model):
@@ -33,7 +34,7 @@ def test_on_off_and_frozen_are_three_talks(model):
     talks = {m: talk(Session(model, memory=m), pcm) for m in ("on", "off", "frozen")}
     pieces = {mode: [f.piece for f in frames] for mode, frames in talks.items()}
     assert pieces["on"] != pieces["off"] and pieces["on"] != pieces["frozen"] != pieces["off"]
-    assert_same(talks["off"], talk(Session(load("demo")), pcm))
+    assert_same(talks["off"], talk(Session(load(SMALL)), pcm))
 
 
 @pytest.mark.parametrize("at", [6, 8, 30])
@@ -71,12 +72,12 @@ def test_a_talk_with_a_memory_needs_that_memory(model, tmp_path):
     talk(session, sound(3))
     session.save(tmp_path / "talk")
     with pytest.raises(UserError, match="other weights, config or quantization"):
-        Session.load(tmp_path / "talk", load("demo"))
+        Session.load(tmp_path / "talk", load(SMALL))
 
 
 def test_memory_beside_a_quantized_base(adapter_path):
     """The base is quantized alone; parameters and state of the memory stay float32."""
-    model = load("demo", quantized=8, adapter_path=adapter_path)
+    model = load(SMALL, quantized=8, adapter_path=adapter_path)
     assert isinstance(model.lm.text_linear, nn.QuantizedLinear)
     session = Session(model)
     frames = talk(session, sound(10))
@@ -136,7 +137,7 @@ def test_a_talk_is_not_switched_to_another_mode(model, mode):
 
 
 def test_a_talk_without_its_memory_gets_none_later(model):
-    for session in (Session(model, memory="off"), Session(load("demo"))):
+    for session in (Session(model, memory="off"), Session(load(SMALL))):
         with pytest.raises(UserError, match="begun without a memory"):
             session.set_memory("on")
 
@@ -148,7 +149,7 @@ def test_a_memory_mode_that_is_none_is_refused(model):
 
 def words(capsys, *flags):
     clip = "moshi_ttt_mlx/assets/demo_clip.flac"
-    assert main(["transcribe", clip, "--model", "demo", "--quiet", *flags]) == 0
+    assert main(["transcribe", clip, "--model", SMALL, "--quiet", *flags]) == 0
     return capsys.readouterr().out
 
 
@@ -160,8 +161,8 @@ def test_flags_of_the_command_line(adapter_path, capsys):
 
 def test_a_wrong_adapter_is_one_line(tmp_path, capsys):
     clip = "moshi_ttt_mlx/assets/demo_clip.flac"
-    flags = ["--model", "demo", "--quiet", "--adapter-path", str(tmp_path)]
+    flags = ["--model", SMALL, "--quiet", "--adapter-path", str(tmp_path)]
     assert main(["transcribe", clip, *flags]) == 2
     error = capsys.readouterr().err
     assert "has no file memory_config.json" in error and error.count("\n") == 1
-    assert find_memory(load("demo").lm) is None
+    assert find_memory(load(SMALL).lm) is None

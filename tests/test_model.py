@@ -128,7 +128,7 @@ def test_a_models_own_sampling_is_used_unless_told(tmp_path):
     assert (text.temp, text.top_k, audio.temp, audio.top_k) == (0.3, 5, 0.6, 20)
     text, audio = model.samplers(temp=0, text_top_k=7)
     assert (text.temp, text.top_k, audio.temp) == (0, 7, 0)
-    text, audio = load("demo").samplers()
+    text, audio = load(tiny.SMALL).samplers()
     assert (text.temp, text.top_k, audio.temp) == (0.8, 25, 0.8)
     assert audio.top_k == 250  # of 256 codes
     assert model.samplers(top_k=10_000)[1].top_k is None
@@ -138,12 +138,12 @@ def test_stt_says_when_its_words_were_spoken(tmp_path):
     model = load(str(tiny.tiny_stt(tmp_path / "tiny")))
     assert model.audio_delay == 0.5
     assert model.silence_prefix == pytest.approx(13 * 0.08)  # of 1.0: whole frames
-    moshi = load("demo")
+    moshi = load(tiny.SMALL)
     assert (moshi.audio_delay, moshi.silence_prefix) == (0.0, 0.0)
 
 
 def test_padding_has_no_piece():
-    model = load("demo")
+    model = load(tiny.SMALL)
     assert [model.piece(token) for token in NOT_PRINTED] == [None, None]
     assert model.piece(5)
 

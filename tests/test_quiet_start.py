@@ -5,6 +5,7 @@ import pytest
 from fake_talk import FakeSession
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import SMALL
 
 from moshi_ttt_mlx import Session, load
 from moshi_ttt_mlx.audio import FRAME_SIZE
@@ -120,7 +121,7 @@ def test_a_resumed_talk_keeps_its_words_and_its_transcript_object_when_a_step_fa
 
 def test_the_model_goes_on_as_if_it_had_heard_silence(tmp_path):
     """The tokens are those of a session that hears zeros first: quiet is what is shown, not done."""
-    model = load("demo")
+    model = load(SMALL)
     silence = np.zeros(FRAME_SIZE, np.float32)
     plain, hushed = Session(model, seed=4), Session(model, seed=4)
     quiet = QuietStart(hushed)

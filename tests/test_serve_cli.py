@@ -14,8 +14,10 @@ import aiohttp
 import pytest
 from fake_talk import voice
 from serve_client import Talker, async_test
+from tiny import SMALL
 
 from moshi_ttt_mlx.cli import main
+from moshi_ttt_mlx.cli.common import DEMO_NOTE
 from moshi_ttt_mlx.cli.serve import _own_address
 from moshi_ttt_mlx.session_store import SessionStore
 
@@ -23,7 +25,7 @@ from moshi_ttt_mlx.session_store import SessionStore
 @asynccontextmanager
 async def started(*flags):
     """A server process and the address that it prints."""
-    command = [sys.executable, "-m", "moshi_ttt_mlx", "serve", "--model", "demo", *flags]
+    command = [sys.executable, "-m", "moshi_ttt_mlx", "serve", "--model", SMALL, *flags]
     process = await asyncio.create_subprocess_exec(
         *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -61,7 +63,7 @@ async def test_start_talk_stop(tmp_path):
     ):
         assert url == f"http://127.0.0.1:{port}/"
         info = await (await client.get("/api/info")).json()
-        assert (info["model"], info["context"], info["needs_token"]) == ("demo", 20, False)
+        assert (info["model"], info["context"], info["needs_token"]) == (SMALL, 20, False)
         assert (info["defaults"]["seed"], info["limits"]["sessions"]) == (3, 2)
         named, nameless = await Talker.begin(client), await Talker.begin(client)
         assert named.ready["settings"]["seed"] == 3
@@ -75,8 +77,17 @@ async def test_start_talk_stop(tmp_path):
         assert (await named.rest())["reason"] == "the server was stopped"
         assert "so it is gone" in (await nameless.rest())["reason"]
         assert await server.wait() == 0
-        assert (await server.stderr.read()).decode().count("\n") == 1  # what a demo is
+        assert await server.stderr.read() == b""
     assert SessionStore(tmp_path).info("monday").seconds == pytest.approx(8 * 0.08)
+
+
+@async_test
+async def test_the_demo_says_what_it_is(tmp_path):
+    flags = ["--model", "demo", "--port", str(free_port()), "--sessions-dir", str(tmp_path)]
+    async with started(*flags) as (server, _):
+        server.send_signal(signal.SIGINT)
+        assert DEMO_NOTE in " ".join((await server.stderr.read()).decode().split())
+        assert await server.wait() == 0
 
 
 @async_test
@@ -100,7 +111,7 @@ async def test_a_talk_goes_on_after_a_restart(tmp_path):
 
 def test_a_talk_that_cannot_be_resumed_stops_the_start(tmp_path, capsys):
     (tmp_path / "monday.session").write_text("junk")
-    flags = ["--model", "demo", "--sessions-dir", str(tmp_path), "--session", "monday"]
+    flags = ["--model", SMALL, "--sessions-dir", str(tmp_path), "--session", "monday"]
     assert main(["serve", *flags]) == 2
     assert "the talk 'monday' cannot be resumed" in capsys.readouterr().err
 
@@ -144,7 +155,7 @@ async def test_other_devices_need_the_token_and_get_tls(tmp_path):
 
 def test_a_port_that_is_taken_is_one_line(capsys):
     with taken_port() as port:
-        flags = ["--model", "demo", "--host", "127.0.0.1", "--port", str(port), "--no-browser"]
+        flags = ["--model", SMALL, "--host", "127.0.0.1", "--port", str(port), "--no-browser"]
         assert main(["serve", *flags]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"cannot listen on 127.0.0.1 port {port}" in error and "--port" in error
@@ -160,7 +171,7 @@ def test_a_port_that_is_taken_is_one_line(capsys):
         (["--token", "short"], "8 characters"),
         (["--ssl-cert", "cert.pem"], "go together"),
         (["--ssl", "no-such-folder"], "cannot use no-such-folder/cert.pem"),
-        (["--model", "demo", "--context", "101"], "context must be 1..100"),
+        (["--model", SMALL, "--context", "101"], "context must be 1..100"),
         (["--session", "monday", "--max-sessions", "2"], "goes with --max-sessions 1"),
         (["--session", "./monday"], "expected a session's name"),
     ],
@@ -173,5 +184,5 @@ def test_bad_flags_are_one_line(capsys, flags, said):
 
 def test_without_aiohttp_it_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "aiohttp", None)
-    assert main(["serve", "--model", "demo"]) == 2
+    assert main(["serve", "--model", SMALL]) == 2
     assert "pip install 'moshi-ttt-mlx[web]'" in capsys.readouterr().err

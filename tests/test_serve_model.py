@@ -66,7 +66,7 @@ async def in_pieces(talker, pcm, behind=1):
 
 @async_test
 async def test_two_talks_at_once_are_what_each_would_be_alone(tmp_path):
-    models = Models("demo")
+    models = Models(tiny.SMALL)
     async with serving(tmp_path, models, sessions=2) as client:
         talkers = [await Talker.begin(client, settings={"seed": seed}) for seed in (1, 2)]
         pcm = [frames(24, seed) for seed in (1, 2)]
@@ -85,7 +85,7 @@ async def test_two_talks_at_once_are_what_each_would_be_alone(tmp_path):
 
 @async_test
 async def test_a_saved_talk_goes_on_as_if_never_interrupted(tmp_path):
-    models, pcm = Models("demo"), frames(24)
+    models, pcm = Models(tiny.SMALL), frames(24)
     async with serving(tmp_path, models) as client:
         talker = await Talker.begin(client, settings={"seed": 7, "context": 10})
         await in_pieces(talker, pcm[:12])
@@ -111,7 +111,7 @@ async def test_a_saved_talk_goes_on_as_if_never_interrupted(tmp_path):
 
 @async_test
 async def test_every_start_goes_on_with_the_talk_that_the_server_was_given(tmp_path):
-    models, pcm = Models("demo"), frames(24)
+    models, pcm = Models(tiny.SMALL), frames(24)
     async with serving(tmp_path, models, usual="monday") as client:
         assert (await (await client.get("/api/info")).json())["session"] == "monday"
         talker = await Talker.begin(client, settings={"seed": 7})
@@ -136,7 +136,7 @@ async def test_every_start_goes_on_with_the_talk_that_the_server_was_given(tmp_p
 
 @async_test
 async def test_a_talk_that_goes_on_is_neither_taken_up_nor_replaced_by_another(tmp_path):
-    async with serving(tmp_path, Models("demo"), sessions=3) as client:
+    async with serving(tmp_path, Models(tiny.SMALL), sessions=3) as client:
         talker, other = await Talker.begin(client), await Talker.begin(client)
         await talker.ask("save", session="monday")
         await talker.hears("saved")
@@ -153,7 +153,7 @@ async def test_a_talk_that_goes_on_is_neither_taken_up_nor_replaced_by_another(t
 
 @async_test
 async def test_a_dropped_connection_loses_no_step_of_the_talk(tmp_path):
-    models, pcm = Models("demo"), frames(16)
+    models, pcm = Models(tiny.SMALL), frames(16)
     async with serving(tmp_path, models) as client:
         talker = await Talker.begin(client, settings={"seed": 5})
         await in_pieces(talker, pcm[:8])
@@ -176,14 +176,14 @@ async def test_a_dropped_connection_loses_no_step_of_the_talk(tmp_path):
 )
 @async_test
 async def test_what_the_model_cannot_follow_is_refused(tmp_path, settings, reason):
-    async with serving(tmp_path, Models("demo")) as client:
+    async with serving(tmp_path, Models(tiny.SMALL)) as client:
         talker = await Talker.connect(client, settings=settings)
         assert reason in (await talker.rest())["reason"]
 
 
 @async_test
 async def test_files_that_cannot_be_resumed_are_listed_and_refused(tmp_path):
-    models = Models("demo")
+    models = Models(tiny.SMALL)
     async with serving(tmp_path, models) as client:
         talker = await Talker.begin(client)
         for name in ("monday", "cut"):
@@ -211,18 +211,21 @@ async def test_files_that_cannot_be_resumed_are_listed_and_refused(tmp_path):
 
 @async_test
 async def test_a_talk_of_the_served_model_fits(tmp_path):
-    models = Models("demo")
-    async with serving(tmp_path, models, fits=load("demo").fingerprint) as client:
+    models = Models(tiny.SMALL)
+    async with serving(tmp_path, models, fits=load(tiny.SMALL).fingerprint) as client:
         talker = await Talker.begin(client)
         await talker.ask("save", session="monday")
         await talker.hears("saved")
         [entry] = await (await client.get("/api/sessions")).json()
-        assert entry["fits"] is True and entry["model"] == "demo"
+        assert entry["fits"] is True and entry["model"] == tiny.SMALL
 
 
 @async_test
 async def test_the_memory_shows_in_the_meter_and_can_be_frozen(tmp_path):
-    models, pcm = Models("demo", adapter_path=save_open_memory(tmp_path / "adapter")), frames(48)
+    models, pcm = (
+        Models(tiny.SMALL, adapter_path=save_open_memory(tmp_path / "adapter")),
+        frames(48),
+    )
     async with serving(tmp_path / "sessions", models) as client:
         talker = await Talker.begin(client)
         await in_pieces(talker, pcm[:16])
@@ -244,7 +247,7 @@ async def test_the_memory_shows_in_the_meter_and_can_be_frozen(tmp_path):
 
 @async_test
 async def test_a_memory_that_is_not_finite_is_no_number_on_the_wire(tmp_path):
-    models = Models("demo")
+    models = Models(tiny.SMALL)
     async with serving(tmp_path, models) as client:
         talker = await Talker.begin(client)
         talk = client.talks().find(talker.ready["key"])
@@ -320,7 +323,7 @@ async def test_the_documented_client_works(tmp_path, capsys):
     exec(code, names)
     with WavWriter(tmp_path / "hello.wav") as wav:
         wav.write(frames(6).reshape(1, -1))
-    models = Models("demo")
+    models = Models(tiny.SMALL)
     async with serving(tmp_path, models) as client:
         await names["talk"](tmp_path / "hello.wav", str(client.make_url("/")))
         said = capsys.readouterr()
@@ -329,10 +332,10 @@ async def test_the_documented_client_works(tmp_path, capsys):
 
 
 def test_what_a_model_is_said_to_be():
-    model = load("demo")
+    model = load(tiny.SMALL)
     settings = {"temp": None, "text_temp": 0.5, "top_k": 0, "text_top_k": 10, "context": None}
     info = describe(model, None, settings, Limits(sessions=3))
-    assert (info["model"], info["context"], info["max_context"]) == ("demo", 100, 100)
+    assert (info["model"], info["context"], info["max_context"]) == (tiny.SMALL, 100, 100)
     assert info["memory"] is None and info["speaks"] is True and info["user_stt"] is None
     shown = info["defaults"]
     assert (shown["temp"], shown["text_temp"], shown["text_top_k"]) == (0.8, 0.5, 10)
@@ -344,7 +347,7 @@ def test_what_a_model_is_said_to_be():
 def test_the_documented_info_is_the_info():
     example = json.loads(DOCS.read_text().split("```json\n")[1].split("```")[0])
     settings = dict.fromkeys(example["defaults"])
-    info = describe(load("demo"), None, settings, Limits())
+    info = describe(load(tiny.SMALL), None, settings, Limits())
     info |= {"session": None, "needs_token": False}
     assert info.keys() == example.keys()
     assert info["limits"] == example["limits"]

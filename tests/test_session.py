@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from tiny import SMALL
 
 from moshi_ttt_mlx import Session, UserError, load
 from moshi_ttt_mlx.session import VERSION
@@ -18,7 +20,7 @@ from moshi_ttt_mlx.session import VERSION
 
 @pytest.fixture(scope="module")
 def model():
-    return load("demo")
+    return load(SMALL)
 
 
 def sound(frames, seed=0):
@@ -182,7 +184,10 @@ def rewritten(path, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"fingerprint": "x"}, "a session of demo; the loaded model demo has other weights"),
+        (
+            {"fingerprint": "x"},
+            re.escape(f"a session of {SMALL}; the loaded model {SMALL} has other weights"),
+        ),
         ({"version": str(VERSION + 1)}, f"version {VERSION + 1}, this program reads {VERSION}"),
         ({"format": "something"}, "not a session of moshi-ttt-mlx"),
         ({"counters": "{}"}, "a damaged session file"),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_session import sound, talk
+from tiny import SMALL
 
 from moshi_ttt_mlx import Session, UserError, load, session_store
 from moshi_ttt_mlx.session_store import SessionStore, session_label, session_path
@@ -16,7 +17,7 @@ from moshi_ttt_mlx.session_store import SessionStore, session_label, session_pat
 
 @pytest.fixture(scope="module")
 def model():
-    return load("demo")
+    return load(SMALL)
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_a_talk_says_what_it_is(store, saved, model):
     (info,) = store.list()
     assert info == store.info("monday")
     assert (info.name, info.bytes, info.fault) == ("monday", len(data), None)
-    assert (info.model, info.fingerprint) == ("demo", model.fingerprint)
+    assert (info.model, info.fingerprint) == (SMALL, model.fingerprint)
     assert info.seconds == pytest.approx(1.6) and info.words == len(one.transcript.words) > 0
     assert info.settings["seed"] == 7 and info.settings["temp"] == 0 and info.memory is None
     assert session_store.last_words(info.path, 3) == one.transcript.words[-3:]
@@ -277,11 +278,11 @@ def test_the_norms_are_those_of_the_session(tmp_path):
 
     from moshi_ttt_mlx.surgery import add_memory, save_adapter
 
-    adapter = add_memory(load("demo").lm, CONFIG)
+    adapter = add_memory(load(SMALL).lm, CONFIG)
     for memory in adapter.memories.values():
         memory.gate = memory.gate + 1.0
     save_adapter(adapter, tmp_path / "adapter")
-    one = Session(load("demo", adapter_path=str(tmp_path / "adapter")))
+    one = Session(load(SMALL, adapter_path=str(tmp_path / "adapter")))
     talk(one, sound(30))
     one.save(tmp_path / "talk.session")
     assert session_store.inspect(tmp_path / "talk.session").memory == "on"

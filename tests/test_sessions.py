@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 from test_cli import FRAME, voice, write
 from test_memory_session import adapter_path  # noqa: F401, a fixture
+from tiny import SMALL
 
 from moshi_ttt_mlx.cli import main
 from moshi_ttt_mlx.session_store import SessionStore
@@ -22,7 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def transcribe(wav, out, name, *flags):
-    flags = ["--hf-repo", "demo", "--quiet", "--session", name, *flags]
+    flags = ["--hf-repo", SMALL, "--quiet", "--session", name, *flags]
     assert main(["transcribe", str(wav), str(out), *flags]) == 0
 
 
@@ -77,7 +78,8 @@ def test_list_shows_each_talk_and_why_one_cannot_be_read(halves, capsys):
     assert sorted(rows) == ["bad", "halves", "notes.txt", "whole"]
     with open("whole.json") as file:
         words = len(json.load(file)["words"])
-    assert rows["whole"].split()[1:4] == ["demo", "0:03", str(words)]
+    name, rest = rows["whole"].split(SMALL)
+    assert (name.strip(), rest.split()[:2]) == ("whole", ["0:03", str(words)])
     assert " on " in rows["whole"] and "kB" in rows["whole"]
     assert "unreadable: cut short" in rows["bad"]
     assert "unreadable: not a session file" in rows["notes.txt"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from tiny import SMALL
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -129,7 +130,7 @@ def test_judge_tells_before_from_after_and_own_from_held_out(words, tmp_path, mo
 
 @pytest.mark.parametrize("script, extra", [(judge_codec, []), (code_clips, ["out"])])
 def test_folders_without_clips_are_one_line(script, extra, tmp_path, monkeypatch, capsys):
-    first = str(tmp_path) if script is judge_codec else "demo"
+    first = str(tmp_path) if script is judge_codec else SMALL
     monkeypatch.setattr(sys, "argv", ["script", first, str(tmp_path), *extra])
     with pytest.raises(SystemExit) as stopped:
         script.main()
@@ -138,7 +139,7 @@ def test_folders_without_clips_are_one_line(script, extra, tmp_path, monkeypatch
 
 
 def test_clips_are_coded_frame_by_frame_each_from_a_fresh_start(tmp_path):
-    rng, codec = np.random.default_rng(0), load("demo").new_codec()
+    rng, codec = np.random.default_rng(0), load(SMALL).new_codec()
     sounds = {"one": rng.uniform(-0.3, 0.3, 5000), "two": rng.uniform(-0.3, 0.3, 3840)}
     for name, pcm in sounds.items():
         write(tmp_path / "in/af_nova" / f"{name}.wav", pcm)
