@@ -3,10 +3,10 @@
     python scripts/browser_talk.py [--seconds 600] [--plot docs/images/browser_talk.png]
 
 The walls: 3,000 frames, where Moshi's window is full (4:00), 4,000 steps (5:20) and frame 4,096
-(5:27.68). The real server runs the bundled model, a headless Chromium opens the page, its microphone
-says the same clip over and over. Prints what a person would feel (lag, drops, gaps) and the memory of
-both sides as one line of JSON; exit status 1 when a check fails. On a machine with other work, put
-`chrt --rr 1` before it. Needs chromium on PATH and playwright; the plot needs matplotlib.
+(5:27.68). The real server runs the small model of the tests, a headless Chromium opens the page, its
+microphone says the same clip over and over. Prints what a person would feel (lag, drops, gaps) and the
+memory of both sides as one line of JSON; exit status 1 when a check fails. On a machine with other
+work, put `chrt --rr 1` before it. Needs chromium on PATH and playwright; the plot needs matplotlib.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from make_small_model import SMALL
 from playwright.sync_api import expect, sync_playwright
 
 import moshi_ttt_mlx
@@ -50,11 +51,11 @@ SAMPLE = """() => {
 
 @contextmanager
 def served():
-    """The server with the bundled model: its process and address."""
+    """The server with the small model: its process and address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = ["--hf-repo", "demo", "--port", str(port), "--no-browser"]
+    flags = ["--hf-repo", str(SMALL), "--port", str(port), "--no-browser"]
     process = subprocess.Popen([sys.executable, "-m", "moshi_ttt_mlx", "serve", *flags])
     url = f"http://localhost:{port}"
     try:

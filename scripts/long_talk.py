@@ -3,9 +3,9 @@
     python scripts/long_talk.py [--seconds 420]
 
 The walls: 4,000 steps (5:20), and frame 4,096 (5:27.68), where moshi_mlx's ring, and rustymimi's table
-of positions, end. The bundled model talks in real time; somebody speaks to it over and over. Prints
-what a person would feel (lag, drops, underruns) and the memory used, then one line of JSON; exit
-status 1 when a check fails. Needs PulseAudio, see virtual_sound.py.
+of positions, end. The small model of the tests talks in real time and never pauses; somebody speaks to
+it over and over. Prints what a person would feel (lag, drops, underruns) and the memory used, then one
+line of JSON; exit status 1 when a check fails. Needs PulseAudio, see virtual_sound.py.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from make_small_model import SMALL
 from virtual_sound import VirtualSound, find_in_order, missing, samples
 
 import moshi_ttt_mlx
@@ -44,7 +45,7 @@ def peak_mib() -> float:
 
 
 def open_session() -> moshi_ttt_mlx.Session:
-    session = moshi_ttt_mlx.Session(moshi_ttt_mlx.load("demo"))
+    session = moshi_ttt_mlx.Session(moshi_ttt_mlx.load(str(SMALL)))
     session.warm_up()
     return session
 

@@ -2,8 +2,9 @@
 
     python scripts/terminal_picture.py [OUT.svg] [--seconds 12] [--keys m,m]
 
-Somebody speaks to it, and keys are pressed; prints the screen as text, too. The bundled model with an
-untrained memory talks, so its words mean nothing. Needs tmux and PulseAudio, see virtual_sound.py.
+Somebody speaks to it, and keys are pressed; prints the screen as text, too. The small model of the
+tests with an untrained memory talks, so its words mean nothing. Needs tmux and PulseAudio, see
+virtual_sound.py.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import soundfile
+from make_small_model import SMALL
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.text import Text
@@ -80,9 +82,9 @@ class Tmux:
 
 
 def make_adapter(folder: Path) -> Path:
-    """A memory for the demo model whose gates are open, so that there is something to see."""
+    """A memory for the small model whose gates are open, so that there is something to see."""
     mx.random.seed(2)
-    adapter = add_memory(moshi_ttt_mlx.load("demo").lm, CONFIG)
+    adapter = add_memory(moshi_ttt_mlx.load(str(SMALL)).lm, CONFIG)
     for memory in adapter.memories.values():
         memory.gate = memory.gate + 0.1
     save_adapter(adapter, folder)
@@ -102,7 +104,7 @@ def talk(folder: Path, seconds: float, keys: list[str]) -> str:
     voice, rate = soundfile.read(CLIP, dtype="int16")
     soundfile.write(folder / "clip.wav", voice, rate)
     adapter = make_adapter(folder / "adapter")
-    program = [*first(), sys.executable, "-m", "moshi_ttt_mlx", "--model", "demo"]
+    program = [*first(), sys.executable, "-m", "moshi_ttt_mlx", "--model", str(SMALL)]
     program += ["--adapter-path", str(adapter), "--session", "monday"]
     with VirtualSound(folder) as sound:
         env = sound.env | {

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 from rich.text import Text
+from tiny import SMALL
 
 import moshi_ttt_mlx
 from moshi_ttt_mlx.frame_queues import SILENT_LEVEL
@@ -49,20 +50,20 @@ def folder():
 
 
 class Program:
-    """The program with the demo model, its output in files; made once it listens."""
+    """The program with the small model, its output in files; made once it talks."""
 
     def __init__(self, sound, folder, *flags):
         self.out, self.err = folder / "out.txt", folder / "err.txt"
         search = os.pathsep.join(filter(None, [str(ROOT), sound.env.get("PYTHONPATH", "")]))
         with open(self.out, "wb") as out, open(self.err, "wb") as err:
             self.process = subprocess.Popen(
-                [*first(), sys.executable, "-m", "moshi_ttt_mlx", "--model", "demo", *flags],
+                [*first(), sys.executable, "-m", "moshi_ttt_mlx", "--model", SMALL, *flags],
                 env=sound.env | {"PYTHONPATH": search},
                 cwd=folder,
                 stdout=out,
                 stderr=err,
             )
-        self.wait_for(self.err, "words mean nothing")
+        self.wait_for(self.out, " ")
 
     def wait_for(self, path, words):
         for _ in range(20 * 120):
@@ -143,7 +144,6 @@ def test_a_sound_server_that_dies_ends_the_talk_and_nothing_is_lost(folder):
     with VirtualSound(folder) as sound:
         flags = ("--session", "./t.session", "--record", "t", "--txt", "t.txt", "--max-wait", "3")
         program = Program(sound, folder, *flags)
-        program.wait_for(program.out, " ")  # it talks
         sound.stop()
         status, words, warnings = program.end()
     assert status == 1
@@ -159,7 +159,6 @@ def test_a_microphone_that_is_plugged_in_again_is_heard_again(folder):
     with VirtualSound(folder) as sound:
         flags = ("--input-device", MICROPHONE, "--session", "./t.session", "--record", "t")
         program = Program(sound, folder, *flags)
-        program.wait_for(program.out, " ")
         sound.unplug_microphone()
         program.wait_for(program.err, f"{MICROPHONE!r} is gone")
         stood_still = program.out.read_text()
@@ -186,7 +185,7 @@ def test_a_terminal_shows_the_talk_and_its_keys_and_gets_back_what_it_had(folder
         env = sound.env | {"PYTHONPATH": str(ROOT), "MOSHI_TTT_SESSIONS": str(folder / "talks")}
         with Tmux(folder, env) as tmux:
             tmux.type(
-                f"{sys.executable} -m moshi_ttt_mlx --model demo; stty -a; echo 'it is 'over\n"
+                f"{sys.executable} -m moshi_ttt_mlx --model {SMALL}; stty -a; echo 'it is 'over\n"
             )
             tmux.wait_for("m mute   p pause   s save   q quit")
             tmux.wait_for("0:01  lag")
@@ -202,7 +201,7 @@ def test_a_terminal_shows_the_talk_and_its_keys_and_gets_back_what_it_had(folder
             modes = Text.from_ansi(tmux.screen()).plain.split()
             assert "icanon" in modes and "echo" in modes and "-echo" not in modes
     (kept,) = (folder / "talks").iterdir()
-    assert moshi_ttt_mlx.Session.load(kept, moshi_ttt_mlx.load("demo")).frame > 0
+    assert moshi_ttt_mlx.Session.load(kept, moshi_ttt_mlx.load(SMALL)).frame > 0
 
 
 def test_ctrl_c_saves_and_the_talk_goes_on_from_there(folder):
@@ -210,12 +209,11 @@ def test_ctrl_c_saves_and_the_talk_goes_on_from_there(folder):
     with VirtualSound(folder) as sound:
         for _ in range(2):
             program = Program(sound, folder, "--session", "./t.session", "--json", "t.json")
-            program.wait_for(program.out, " ")
             program.process.send_signal(signal.SIGINT)
             status, words, warnings = program.end()
             assert status == 0, warnings
             said.append(words.rstrip("\n"))
-    session = moshi_ttt_mlx.Session.load(folder / "t.session", moshi_ttt_mlx.load("demo"))
+    session = moshi_ttt_mlx.Session.load(folder / "t.session", moshi_ttt_mlx.load(SMALL))
     assert "".join(said).split() == [word.text for word in session.transcript.words]
     assert session.transcript.to_json() == (folder / "t.json").read_text()
 

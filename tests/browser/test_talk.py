@@ -1,4 +1,4 @@
-"""The page and the real server with the demo model: sound, words, files, saving, places, guests."""
+"""The page and the real server with the small model: sound, words, files, saving, places, guests."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from open_memory import save_open_memory
+from tiny import SMALL
 
 from .chromium import NEEDS_CHROMIUM, RATE, played, resemblance
 
@@ -34,7 +35,7 @@ window.WebSocket = class extends WebSocket {
 
 @pytest.fixture(scope="module")
 def adapter_path(tmp_path_factory):
-    """A memory with open gates, untrained, for the demo model."""
+    """A memory with open gates, untrained, for the small model."""
     return save_open_memory(tmp_path_factory.mktemp("adapter"))
 
 
@@ -50,7 +51,7 @@ class ModelServer:
     def __init__(self, adapter_path, sessions, *flags, port=None):
         self.port = port or free_port()
         self.url = f"http://localhost:{self.port}"
-        command = [sys.executable, "-m", "moshi_ttt_mlx", "serve", "--hf-repo", "demo"]
+        command = [sys.executable, "-m", "moshi_ttt_mlx", "serve", "--hf-repo", SMALL]
         command += ["--adapter-path", adapter_path, "--sessions-dir", str(sessions)]
         command += ["--port", str(self.port), "--no-browser", *flags]
         self.process = subprocess.Popen(command)
@@ -140,7 +141,7 @@ def test_a_talk_and_its_files(open_page, model_server, microphone, tmp_path):
     moshi, user = sound.T
     # As in test_page.py.
     assert resemblance(user, spoken) > 0.98
-    # The demo model never stops making noise of one level: that it is this noise shows in its
+    # The small model never stops making noise of one level: that it is this noise shows in its
     # spectrum, that it was played in its length.
     assert len(reply) / RATE > 5
     reply = reply.clip(-1, 1)  # the file's range; a loudspeaker's, too
@@ -180,7 +181,7 @@ def test_save_restart_resume(open_page, serve):
     page = open_page(serve().url)
     page.click("#saved button")
     expect_state(page, "Talking")
-    wait_for(page, lambda: age(page) >= before + 1)
+    wait_for(page, lambda: age(page) >= before + 1 and page.inner_text("#tokens") != "–")
     page.click("#start")
     expect_state(page, "Paused")
     # The last word may have grown.
