@@ -88,6 +88,7 @@ def _talk(args, codec, runs, record, page: Page, notes: Console) -> float:
     frames = record.recording.frames
     talks = Runs(functools.partial(_load_quietly, args), runs)
     bar = progress_bar(console, "{task.fields[clock]}", "{task.fields[speed]}")
+    bar.disable = not console.is_terminal  # rich ends a bar with an empty line, into files too
     with talks, bar:
         task = bar.add_task("", total=len(frames), clock="loading", speed="")
         started = time.monotonic()

@@ -122,7 +122,9 @@ def left_line(left: Left) -> str:
 
 
 def _distance(question: Question) -> str:
-    place = f"{question.windows_ago:.1f} windows ago" if question.beyond else "in the window"
+    place = f"last said {question.windows_ago:.1f} windows ago"
+    if not question.beyond:
+        place = "still in the window"
     return f"told at {clock(question.told)}, {place}"
 
 

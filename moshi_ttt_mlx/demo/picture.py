@@ -19,7 +19,7 @@ WIDTH, ROW_SECONDS, MOST_ROWS = 8.27, 60.0, 4
 
 _SMALL = 5.3  # points of the words under a voice
 _LINES = 3  # of them
-_LETTERS = 184.0  # of such, side by side, over the width of a row
+_LETTERS = 148.0  # of such, side by side, over the width of a row
 _RIGHT, _WRONG, _QUIET = "#1a7f37", "#c62828", "#8a8a8a"
 _VOICES = ("#4a6fa5", "#b8652a", "#7d7d7d")  # the user, then the runs
 
@@ -40,7 +40,7 @@ def draw(record: Record, path: str | Path) -> None:
         rows = min(max(math.ceil(record.seconds / ROW_SECONDS), 1), MOST_ROWS)
         keys = _keys(record)
         heights = [*[0.58 * (1 + len(record.runs))] * rows, 0.3 + 0.17 * max(len(keys), 3), 1.1]
-        figure = Figure(figsize=(WIDTH, sum(heights) + 0.34 * len(heights) + 0.75))
+        figure = Figure(figsize=(WIDTH, sum(heights) + 0.34 * len(heights) + 0.6))
         FigureCanvasAgg(figure)
         axes = _place(figure, heights)
         figure.suptitle(_title(record), fontsize=9, y=1 - 0.16 / figure.get_figheight(), va="top")
@@ -53,7 +53,7 @@ def draw(record: Record, path: str | Path) -> None:
 def _place(figure, heights: list[float]) -> list:
     """Axes of these heights (inches) below each other."""
     high, left, right = figure.get_figheight(), 0.68, 0.45
-    top, axes = high - 0.75, []
+    top, axes = high - 0.55, []
     for height in heights:
         box = (left / WIDTH, (top - height) / high, 1 - (left + right) / WIDTH, height / high)
         axes.append(figure.add_axes(box))
@@ -85,7 +85,6 @@ def _clock(seconds: float, _position: int | None = None) -> str:
 def _talk(rows: list, record: Record) -> None:
     """Voices and words, a row after another."""
     step = max(record.seconds, 1.0) / len(rows)
-    step = min(step, ROW_SECONDS) if record.seconds <= ROW_SECONDS * len(rows) else step
     lanes = [NAMES[USER], *record.runs]
     peaks = [record.user_peaks(), *(np.array(record.talks[run].peaks) for run in record.runs)]
     words = [_user_words(record.passages)]
@@ -100,6 +99,7 @@ def _talk(rows: list, record: Record) -> None:
         axes.set_yticks([-lane - 0.22 for lane in range(len(lanes))])
         axes.set_yticklabels([lane.replace(" ", "\n") for lane in lanes], fontsize=6)
         axes.tick_params(axis="y", length=0)
+        axes.spines[["left", "right", "top"]].set_visible(False)
         _times(axes, 10 if step >= 30 else 5)
         for lane in range(1, len(lanes)):
             axes.axhline(-lane, color="#d0d0d0", lw=0.5)
@@ -153,12 +153,14 @@ def _mark(right: bool) -> tuple[str, str]:
 
 def _words(axes, lane: int, said: list[tuple[float, str, str]], start: float, step: float) -> None:
     """Words below their voice, in lines as long as there is room before the next ones."""
-    ends = [time for time, _, _ in said[1:]] + [math.inf]
-    for (time, text, colour), end in zip(said, ends, strict=True):
+    ends = [time for time, _, _ in said[1:]]
+    for (time, text, colour), end in zip(said, [*ends, math.inf], strict=False):
         if start <= time < start + step:
-            room = min(end, start + 1.03 * step) - time
+            room = min(end, start + 1.04 * step) - time
             letters = max(int(room * _LETTERS / step) - 1, 6)
-            lines = textwrap.wrap(text, letters, max_lines=_LINES, placeholder="…")
+            lines = textwrap.wrap(
+                text, letters, max_lines=_LINES, placeholder="…", break_long_words=False
+            )
             place = (time, -lane - 0.44)
             axes.text(*place, "\n".join(lines), color=colour, fontsize=_SMALL, va="top")
 
@@ -184,11 +186,12 @@ def _facts(axes, record: Record, keys: list[str]) -> None:
         elif passage.turn is not None and passage.turn.kind == "tell":
             turn, y = passage.turn, place[passage.turn.key]
             axes.plot(turn.start, y, "o", ms=3, color=_VOICES[0], zorder=4)
-            axes.text(turn.start + 1.2, y, turn.value, fontsize=5.5, va="center", zorder=4)
-    upper = f", the upper mark {record.runs[0]}, the lower {record.runs[1]}" * (
-        len(record.runs) > 1
-    )
-    _heading(axes, f"facts: ● told, shaded: in the window, asked: windows since last said{upper}")
+            offset = {"textcoords": "offset points", "va": "bottom", "fontsize": 5.5, "zorder": 4}
+            axes.annotate(turn.value, (turn.start, y), (1, 1.2), **offset)
+    title = "facts: ● told, shaded: in the window, asked: windows since last said"
+    if len(record.runs) > 1:
+        title += f", the upper mark {record.runs[0]}, the lower {record.runs[1]}"
+    _heading(axes, title)
     axes.set_yticks(list(place.values()), list(place), fontsize=6)
     axes.set_ylim(-max(len(keys), 3) + 0.4, 0.6)
     axes.set_xlim(0, record.seconds)
@@ -200,14 +203,8 @@ def _facts(axes, record: Record, keys: list[str]) -> None:
 def _question(axes, y: float, question: Question, runs: list[str]) -> None:
     """A line from where the fact was last said, the distance, and a mark for each run."""
     at = question.turn.start
-    line = {
-        "arrowstyle": "-|>",
-        "mutation_scale": 5,
-        "color": "#555555",
-        "lw": 0.6,
-        "shrinkA": 0,
-        "shrinkB": 4,
-    }
+    line = {"arrowstyle": "-|>", "mutation_scale": 5, "shrinkA": 0, "shrinkB": 4, "lw": 0.6}
+    line["color"] = "#555555"
     axes.annotate("", (at, y), (question.said, y), arrowprops=line, zorder=2)
     for number, run in enumerate(runs):
         mark, colour = _mark(question.right[run])
@@ -262,10 +259,6 @@ def _memory(axes, record: Record) -> None:
         side.set_ylim(bottom=0)
         side.tick_params(axis="y", labelsize=5.5, length=2, pad=1)
     if len(reports[0][1]) <= 4:
-        handles, labels = (
-            a + b
-            for a, b in zip(
-                axes.get_legend_handles_labels(), right.get_legend_handles_labels(), strict=True
-            )
-        )
+        both = axes.get_legend_handles_labels(), right.get_legend_handles_labels()
+        handles, labels = (left + others for left, others in zip(*both, strict=True))
         axes.legend(handles, labels, fontsize=5, ncols=2, loc="lower right", framealpha=0.8)
