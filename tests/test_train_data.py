@@ -16,7 +16,7 @@ from moshi_ttt_mlx.errors import UserError
 from moshi_ttt_mlx.model import load
 from moshi_ttt_mlx.train import data
 from moshi_ttt_mlx.train.interleave import Word, main_words, text_stream
-from moshi_ttt_mlx.train.tokenize import read_manifest, tokenize_manifest
+from moshi_ttt_mlx.train.tokenize import BLOCK, read_manifest, tokenize_manifest
 
 RATE = 24_000
 MAIN = "SPEAKER_MAIN"
@@ -208,6 +208,18 @@ def test_left_is_moshi_right_the_user_text_on_top(model, tmp_path):
         codec = model.new_codec()
         heard = [codec.encode(frame) for frame in padded[:, channel].reshape(13, 1920)]
         np.testing.assert_array_equal(streams, np.stack(heard, axis=1))
+
+
+def test_a_talk_of_several_blocks_has_the_codes_of_its_frames(model, tmp_path):
+    frames = 2 * BLOCK + 3
+    samples = sound(frames * 0.08, seed=3)
+    add_talk(tmp_path, "a", samples)
+    tokenize_manifest(tmp_path / "talks.jsonl", tmp_path / "out", model)
+    (shard,) = data.find_shards(tmp_path / "out")
+    codec = model.new_codec()
+    codec.reset()
+    heard = [codec.encode(frame) for frame in samples[:, 1].reshape(frames, 1920)]
+    np.testing.assert_array_equal(shard.codes()[9:], np.stack(heard, axis=1))
 
 
 def test_a_talk_is_heard_from_its_start_whatever_came_before(model, tmp_path):

@@ -10,23 +10,24 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import soundfile
 from rich.progress import track
 
-from .talks import FRAME, RATE, Mix, Talk, chat, recital
+from .talks import FRAME, RATE, Mix, Talk, chat, recital, tape
 from .world import HELD_OUT_VOICES, MOSHI_VOICE
 
 # As far as the base looks back; the memory's share of questions lies beyond.
+MIXES = {
+    "near": Mix(),
+    "far": Mix(far=(90, 420), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7),
+}
 PLANS: dict[str, Callable[[Talk, int], None]] = {
     "recital": recital,
-    "near": lambda talk, frames: chat(talk, frames, Mix()),
-    "far": lambda talk, frames: chat(
-        talk,
-        frames,
-        Mix(far=(90, 420), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7),
-    ),
+    "tape": tape,
+    **{name: partial(chat, mix=mix) for name, mix in MIXES.items()},
 }
 
 

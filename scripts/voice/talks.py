@@ -4,7 +4,7 @@ What lives here: turns put one after another on two channels, and the plans of t
 to be judged by. What does not: the words (`world.py`), their sound (`bank.py`), files (`dialogues.py`).
 
 The model's turns begin on a frame, `REPLY_AFTER` frames after the one in which the user ends, and so
-does each of its two pieces: the same words always have the same codes.
+does each of its pieces: the same words always have the same codes.
 """
 
 import random
@@ -36,7 +36,7 @@ from .world import (
 RATE, FRAME = 24_000, 1920
 REPLY_AFTER = 3  # frames
 ASKING = 26  # frames from where a question begins to where the value is said, about
-Kind = Literal["tell", "ask", "talk"]
+Kind = Literal["tell", "ask", "talk", "recite"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Turn:
         kind: of the turn.
         text: in words.
         reply: in words.
-        said: seconds at which the value begins in the reply (the reply itself, of small talk).
+        pieces: seconds at which the reply's pieces begin; the last one of a fact is the value.
         key, value: of a fact, told or asked.
     """
 
@@ -57,7 +57,7 @@ class Turn:
     kind: Kind
     text: str
     reply: str
-    said: float
+    pieces: tuple[float, ...]
     key: str = ""
     value: str = ""
 
@@ -84,11 +84,13 @@ class Talk:
         bank: of clips.
         voice: of the user.
         rng: of pauses and loudness.
+        mute: the model answers nothing.
     """
 
     bank: Path
     voice: str
     rng: random.Random
+    mute: bool = False
     place: int = 0  # samples
     sides: tuple[list, list] = field(default_factory=lambda: ([], []))
     alignments: list = field(default_factory=list)
@@ -122,7 +124,10 @@ class Talk:
     def recite(self, fact: Fact) -> None:
         """The model says a fact of itself."""
         self.place = self.frame * FRAME
-        self._say(answered(fact))
+        start, before = self.place / RATE, (self.place - REPLY_AFTER * FRAME) / RATE
+        pieces = self._say(answered(fact))
+        reply = " ".join(answered(fact))
+        self.turns.append(Turn(start, before, "recite", "", reply, pieces, fact.key, fact.value))
         self.pause(self.rng.randint(0, 2))
 
     def _turn(self, kind: Kind, pieces: list[str], reply: tuple[str, ...], fact) -> None:
@@ -132,28 +137,30 @@ class Talk:
             self.place += int(RATE * self.rng.uniform(0.0, 0.08))
         end = max(at + len(pcm) for at, pcm in self.sides[1])
         self.place = (-(-end // FRAME) + REPLY_AFTER) * FRAME
-        said = self._say(reply)
+        begins = () if self.mute else self._say(reply)
         text = " ".join(pieces)
         key, value = fact or ("", "")
         times = start / RATE, end / RATE
-        self.turns.append(Turn(*times, kind, text, " ".join(reply), said, key, value))
-        self.pause(self.rng.uniform(3, 9))
+        self.turns.append(Turn(*times, kind, text, " ".join(reply), begins, key, value))
+        self.pause(self.rng.uniform(1, 3) if self.mute else self.rng.uniform(3, 9))
 
-    def _say(self, pieces: Sequence[str]) -> float:
-        """The model's pieces, each from a frame on; seconds at which the last begins."""
+    def _say(self, pieces: Sequence[str]) -> tuple[float, ...]:
+        """The model's pieces, each from a frame on; seconds at which they begin."""
+        begins = []
         for piece in pieces:
-            start = self.place = self.frame * FRAME
+            self.place = self.frame * FRAME
+            begins.append(self.place / RATE)
             self._put(0, MOSHI_VOICE, piece, 1.0)
         self.place = self.frame * FRAME
-        return start / RATE
+        return tuple(begins)
 
     def _put(self, side: int, voice: str, text: str, gain: float) -> None:
         pcm = load(find(self.bank, voice, text)) * gain
         self.sides[side].append((self.place, pcm))
         start, self.place = self.place, self.place + len(pcm)
-        speaker = ("SPEAKER_MAIN", "SPEAKER_USER")[side]
-        for word, begin, end in words(text, start / RATE, self.place / RATE):
-            self.alignments.append([word, [round(begin, 3), round(end, 3)], speaker])
+        if side == 0:
+            for word, begin, end in words(text, start / RATE, self.place / RATE):
+                self.alignments.append([word, [round(begin, 3), round(end, 3)], "SPEAKER_MAIN"])
 
     def stereo(self, frames: int, noise: bool = True) -> np.ndarray:
         """Float32 `[frames * FRAME, 2]`: left the model, right the user, with some noise."""
@@ -248,13 +255,29 @@ def _chatter(rng: random.Random, keys: Sequence[str]) -> Iterator[Callable[[Talk
     """Small talk, and facts that are told and asked at once, in turns."""
     while True:
         for exchange, key in zip(
-            rng.sample(SMALL_TALK, len(SMALL_TALK)), rng.choices(keys, k=len(SMALL_TALK))
+            rng.sample(SMALL_TALK, len(SMALL_TALK)),
+            rng.choices(keys, k=len(SMALL_TALK)),
+            strict=True,
         ):
             fact = Fact(key, rng.choice(VALUES[key]))
             yield lambda talk, fact=fact: talk.tell(fact)
             if rng.random() < 0.5:
                 yield lambda talk, fact=fact: talk.ask(fact)
             yield lambda talk, exchange=exchange: talk.small(exchange)
+
+
+def tape(talk: Talk, frames: int) -> None:
+    """One turn of the user after another, each fact and question as likely as any, and no answers."""
+    rng, talk.mute = talk.rng, True
+    known = [fact for fact in FACTS if fact not in HELD_OUT_FACTS]
+    while talk.frame < frames:
+        kind = rng.random()
+        if kind < 0.6:
+            talk.tell(rng.choice(known))
+        elif kind < 0.9:
+            talk.ask(rng.choice(known))
+        else:
+            talk.small(rng.choice(SMALL_TALK))
 
 
 def scripted(talk: Talk, events: Sequence[tuple[int, Fact, bool]]) -> None:

@@ -71,9 +71,13 @@ def asked(key: str) -> str:
     return f"What is my {key}?"
 
 
-def answered(fact: Fact) -> tuple[str, str]:
-    """How the model says a fact, when it is told and when it is asked: two pieces."""
-    return f"Your {fact.key} is", f"{fact.value}."
+def answered(fact: Fact) -> tuple[str, str, str]:
+    """How the model says a fact, when it is told and when it is asked: three pieces.
+
+    "Your" is one sound whatever follows: said in one breath with the key it gave the key away, and a
+    model in training listened to its own voice rather than to the user.
+    """
+    return "Your", f"{fact.key} is", f"{fact.value}."
 
 
 MOSHI_VOICE = "af_heart"

@@ -1,0 +1,181 @@
+"""New talks out of tokenized ones: their turns in another order, about other facts.
+
+    python -m voice.remix --from TALKS SHARDS OUT --plan near|far [--talks 1000]      (in scripts/)
+
+A model of this size learned a hundred talks by heart within minutes (each has its own noise) and heard
+nothing. Here no talk comes twice: every turn of the user is taken from some tokenized talk, whatever
+its voice, and gets the reply of the fact that it is about, taken from a recital. `SHARDS` come from
+`moshi-ttt-mlx tokenize TALKS`; what is written is of the same kind.
+"""
+
+import argparse
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.progress import track
+
+from moshi_ttt_mlx.train.data import NOTHING, find_shards, write_shard
+
+from .dialogues import MIXES
+from .talks import FRAME, RATE, REPLY_AFTER, chat
+from .world import Exchange, Fact
+
+MADE = 9  # streams of the model: text and its codebooks
+PADDING = 3
+# Of what the user says, so that it is not learned by heart either.
+TEMPO = 0.04  # chance of a frame to be left out, or to come twice
+HOLES = 0.08  # chance of a code to be missing
+KEPT = (1, 2, 3, 4, 8, 8, 8)  # codebooks
+
+
+class Unit(NamedTuple):
+    """A turn of the user with its reply and the pause behind it.
+
+    Attributes:
+        codes: int32 `[17, n]`, from the frame before the turn's first.
+        reply: the frame of `codes` in which the reply begins.
+    """
+
+    codes: np.ndarray
+    reply: int
+
+
+class Library:
+    """Turns by what is said in them, and the model's words by themselves."""
+
+    def __init__(self) -> None:
+        self.told: dict[Fact, list[Unit]] = defaultdict(list)
+        self.asked: dict[str, list[Unit]] = defaultdict(list)
+        self.words: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.small: dict[str, list[Unit]] = defaultdict(list)
+        self.silence: list[np.ndarray] = []
+
+    def add(self, codes: np.ndarray, turns: list[dict]) -> None:
+        """The turns of one talk: codes `[17, T]`, and its notes."""
+        begins = [round(turn["start"] * RATE) // FRAME - 1 for turn in turns]
+        for turn, begin, stop in zip(turns, begins, [*begins[1:], codes.shape[1]], strict=True):
+            reply = -(-round(turn["end"] * RATE) // FRAME) + REPLY_AFTER - begin
+            unit = Unit(codes[:, max(begin, 0) : stop], reply + min(begin, 0))
+            # The end of a talk may cut its last turn off.
+            if stop >= codes.shape[1]:
+                continue
+            self._file(turn, unit)
+
+    def _file(self, turn: dict, unit: Unit) -> None:
+        if turn["kind"] == "talk":
+            if (unit.codes[0] > PADDING).any():  # else nobody answers
+                self.small[turn["text"]].append(unit)
+            return
+        fact = Fact(turn["key"], turn["value"])
+        if turn["kind"] == "recite":
+            # The frame before the first word says that one comes.
+            begins = [round(second * RATE) // FRAME for second in turn["pieces"]]
+            cuts = [1 + begin - begins[0] for begin in begins[1:]]
+            parts = np.split(unit.codes[:MADE, unit.reply - 1 :], cuts, axis=1)
+            for word, part in zip(("Your", *fact), parts, strict=True):
+                self.words[word].append(part)
+            return
+        if turn["kind"] == "tell":
+            self.told[fact].append(unit)
+        else:
+            self.asked[fact.key].append(unit)
+        # The last frames before the next turn: nobody speaks.
+        if unit.codes.shape[1] > 4:
+            self.silence.append(unit.codes[:, -3:-1])
+
+
+class Remix:
+    """A talk in codes, with the methods of `talks.Talk` that `talks.chat` uses."""
+
+    def __init__(self, library: Library, rng: random.Random):
+        self.library, self.rng, self.parts, self.frame = library, rng, [], 0
+
+    def pause(self, frames: float) -> None:
+        for _ in range(int(frames) // 2):
+            self._put(self.rng.choice(self.library.silence))
+
+    def tell(self, fact: Fact) -> None:
+        self._answer(self.rng.choice(self.library.told[fact]), fact)
+
+    def small(self, exchange: Exchange) -> None:
+        self._put(self.rng.choice(self.library.small[exchange.user]).codes)
+
+    def ask(self, fact: Fact) -> None:
+        self._answer(self.rng.choice(self.library.asked[fact.key]), fact)
+
+    def _answer(self, user: Unit, fact: Fact) -> None:
+        # Each word from another talk: what surrounds it must not tell the next one.
+        words = [self.rng.choice(self.library.words[word]) for word in ("Your", *fact)]
+        spoken = user.codes[:, self._tempo(user.reply - 1)]
+        made = np.concatenate([spoken[:MADE], *words], axis=1)
+        heard = np.concatenate([spoken, user.codes[:, user.reply - 1 :]], axis=1)[MADE:]
+        heard = self._muffled(heard)
+        while heard.shape[1] < made.shape[1]:
+            heard = np.concatenate([heard, heard[:, -3:]], axis=1)
+        self._put(np.concatenate([made, heard[:, : made.shape[1]]]))
+        self.pause(self.rng.uniform(2, 8))
+
+    def _tempo(self, frames: int) -> list[int]:
+        """Frames of a turn with some left out and some twice, but for those just before the reply."""
+        kept = []
+        for frame in range(frames):
+            chance = self.rng.random() if frame < frames - REPLY_AFTER else 1.0
+            kept += [frame] * (0 if chance < TEMPO else 2 if chance < 2 * TEMPO else 1)
+        return kept
+
+    def _muffled(self, heard: np.ndarray) -> np.ndarray:
+        """Often without the last codebooks, and with holes: the words are in the first ones."""
+        heard = heard.copy()
+        heard[self.rng.choice(KEPT) :] = NOTHING
+        holes = np.random.default_rng(self.rng.randrange(1 << 30)).random(heard.shape) < HOLES
+        return np.where(holes, NOTHING, heard)
+
+    def _put(self, codes: np.ndarray) -> None:
+        self.parts.append(codes)
+        self.frame += codes.shape[1]
+
+    def codes(self, frames: int) -> np.ndarray:
+        return np.concatenate(self.parts, axis=1)[:, :frames]
+
+
+def read_library(pairs: list[tuple[Path, Path]]) -> Library:
+    """From folders of talks and of their shards."""
+    library = Library()
+    for talks, shards in pairs:
+        for shard in find_shards(shards):
+            notes = talks / Path(shard.meta["source"]).with_suffix(".json").name
+            library.add(shard.codes(), json.loads(notes.read_text())["turns"])
+    return library
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--from", dest="sources", nargs=2, type=Path, action="append", required=True
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--plan", choices=MIXES, required=True)
+    parser.add_argument("--talks", type=int, default=1000)
+    parser.add_argument("--frames", type=int, default=768)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    library = read_library([tuple(pair) for pair in args.sources])
+    facts = sorted(library.told)
+    print(f"{sum(map(len, library.told.values()))} facts told, {len(facts)} different ones")
+
+    def known(rng: random.Random, key: str) -> Fact:
+        return rng.choice([fact for fact in facts if fact.key == key])
+
+    for number in track(range(args.talks), args.plan):
+        talk = Remix(library, random.Random(f"{args.seed} {args.plan} {number}"))
+        chat(talk, args.frames, MIXES[args.plan], known)
+        name = f"{args.plan}-{args.seed}-{number:05d}"
+        write_shard(args.out / f"{name}.safetensors", talk.codes(args.frames), {"source": name})
+
+
+if __name__ == "__main__":
+    main()
