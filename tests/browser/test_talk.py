@@ -181,7 +181,7 @@ def test_save_restart_resume(open_page, serve):
     page = open_page(serve().url)
     page.click("#saved button")
     expect_state(page, "Talking")
-    wait_for(page, lambda: age(page) >= before + 1 and page.inner_text("#tokens") != "–")
+    wait_for(page, lambda: age(page) >= before + 1 and page.inner_text("#tokens").isdecimal())
     page.click("#start")
     expect_state(page, "Paused")
     # The last word may have grown.
