@@ -28,8 +28,8 @@ MADE = 9  # streams of the model: text and its codebooks
 PADDING = 3
 # Of what the user says, so that it is not learned by heart either.
 TEMPO = 0.04  # chance of a frame to be left out, or to come twice
-HOLES = 0.08  # chance of a code to be missing
-KEPT = (1, 2, 3, 4, 8, 8, 8)  # codebooks
+HOLES = 0.06  # chance of a code to be missing
+KEPT = (2, 4, 8, 8, 8, 8)  # codebooks
 
 
 class Unit(NamedTuple):
@@ -53,6 +53,7 @@ class Library:
         self.words: dict[str, list[np.ndarray]] = defaultdict(list)
         self.small: dict[str, list[Unit]] = defaultdict(list)
         self.silence: list[np.ndarray] = []
+        self.quiet: list[np.ndarray] = []
 
     def add(self, codes: np.ndarray, turns: list[dict]) -> None:
         """The turns of one talk: codes `[17, T]`, and its notes."""
@@ -83,6 +84,8 @@ class Library:
             self.told[fact].append(unit)
         else:
             self.asked[fact.key].append(unit)
+        if unit.reply > 8:
+            self.quiet.append(unit.codes[:MADE, 4 : unit.reply - 1])
         # The last frames before the next turn: nobody speaks.
         if unit.codes.shape[1] > 4:
             self.silence.append(unit.codes[:, -3:-1])
@@ -111,13 +114,18 @@ class Remix:
         # Each word from another talk: what surrounds it must not tell the next one.
         words = [self.rng.choice(self.library.words[word]) for word in ("Your", *fact)]
         spoken = user.codes[:, self._tempo(user.reply - 1)]
-        made = np.concatenate([spoken[:MADE], *words], axis=1)
+        made = np.concatenate([self._quiet(spoken.shape[1]), *words], axis=1)
         heard = np.concatenate([spoken, user.codes[:, user.reply - 1 :]], axis=1)[MADE:]
         heard = self._muffled(heard)
         while heard.shape[1] < made.shape[1]:
             heard = np.concatenate([heard, heard[:, -3:]], axis=1)
         self._put(np.concatenate([made, heard[:, : made.shape[1]]]))
         self.pause(self.rng.uniform(2, 8))
+
+    def _quiet(self, frames: int) -> np.ndarray:
+        """The model's streams while it listens: from anywhere, or they would tell which turn it is."""
+        quiet = self.rng.choice(self.library.quiet)
+        return np.tile(quiet, -(-frames // quiet.shape[1]))[:, :frames]
 
     def _tempo(self, frames: int) -> list[int]:
         """Frames of a turn with some left out and some twice, but for those just before the reply."""

@@ -160,7 +160,9 @@ class Talk:
         start, self.place = self.place, self.place + len(pcm)
         if side == 0:
             for word, begin, end in words(text, start / RATE, self.place / RATE):
-                self.alignments.append([word, [round(begin, 3), round(end, 3)], "SPEAKER_MAIN"])
+                # A little inside its frame: rounded down it would be said a frame too early.
+                times = [round(begin + 0.004, 3), round(end, 3)]
+                self.alignments.append([word, times, "SPEAKER_MAIN"])
 
     def stereo(self, frames: int, noise: bool = True) -> np.ndarray:
         """Float32 `[frames * FRAME, 2]`: left the model, right the user, with some noise."""

@@ -1,0 +1,235 @@
+"""The small voice's talks: who speaks when, what is told, and that nothing but sound gives it away."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+from voice import talks
+from voice.bank import find, moshi_pieces, slug, trimmed, user_pieces
+from voice.remix import MADE, PADDING, Library, Remix
+from voice.talks import FRAME, RATE, REPLY_AFTER, Mix, Talk, chat, probe, recital, scripted
+from voice.world import FACTS, HELD_OUT_FACTS, HELD_OUT_VOICES, KEYS, MOSHI_VOICE, VALUES, Fact
+
+from moshi_ttt_mlx.train.interleave import Word, text_stream
+
+USER = "am_adam"
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    """Hums of odd lengths for everything that one user, one test voice and the model say."""
+    folder = tmp_path_factory.mktemp("bank")
+    rng = np.random.default_rng(0)
+    for voice, pieces in (
+        (MOSHI_VOICE, moshi_pieces()),
+        *((name, user_pieces(name)) for name in (USER, HELD_OUT_VOICES[0])),
+    ):
+        for text in pieces:
+            path = find(folder, voice, text)
+            path.parent.mkdir(exist_ok=True)
+            hum = 0.1 * np.sin(np.arange(rng.integers(5000, 11000)) * 0.05)
+            soundfile.write(path, hum.astype(np.float32), RATE)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def letters_for_phonemes(monkeypatch):
+    monkeypatch.setattr(talks, "phonemes", lambda text: text)
+
+
+def make(bank, voice=USER, seed=0):
+    return Talk(bank, voice, random.Random(seed))
+
+
+# -- the world -------------------------------------------------------------------------------------
+
+
+def test_one_fact_of_each_key_is_held_out_and_keys_of_a_kind_hold_out_different_ones():
+    assert [fact.key for fact in HELD_OUT_FACTS] == list(KEYS)
+    assert set(HELD_OUT_FACTS) <= set(FACTS)
+    for values in {id(v): v for v in VALUES.values()}.values():
+        assert len(values) == len(set(values)) == 8
+        same_kind = [f.value for f in HELD_OUT_FACTS if VALUES[f.key] is values]
+        assert len(set(same_kind)) == len(same_kind)
+
+
+def test_training_voices_say_no_held_out_fact_in_one_breath():
+    assert not {slug(f"Remember, my {k} is {v}.") for k, v in HELD_OUT_FACTS} & {
+        slug(text) for text in user_pieces(USER)
+    }
+
+
+def test_a_name_of_a_clip_is_its_words():
+    assert slug("Remember, my cat is Bella.") == "remember-my-cat-is-bella"
+
+
+def test_silence_is_cut_off_and_loudness_made_equal():
+    hum = np.sin(np.arange(RATE) * 0.05).astype(np.float32)
+    for gain in (0.5, 0.01):
+        pcm = trimmed(np.pad(gain * hum, 9600))
+        assert RATE <= len(pcm) <= 1.05 * RATE
+        assert np.sqrt(np.square(pcm).mean()) == pytest.approx(0.06, rel=1e-3)
+
+
+# -- talks -----------------------------------------------------------------------------------------
+
+
+def silent(pcm, start, stop):
+    return not np.abs(pcm[start:stop]).max() > 0.01
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_model_keeps_quiet_while_the_user_talks_and_answers_on_a_frame(bank, seed):
+    talk = make(bank, seed=seed)
+    chat(talk, 400, Mix())
+    pcm = talk.stereo(talk.frame)
+    assert len(talk.turns) > 5
+    for turn in talk.turns:
+        start, end = round(turn.start * RATE), round(turn.end * RATE)
+        assert silent(pcm[:, 0], start, end) and not silent(pcm[:, 1], start, end)
+        reply = -(-end // FRAME) + REPLY_AFTER
+        assert all(round(second * RATE) % FRAME == 0 for second in turn.pieces)
+        assert round(turn.pieces[0] * RATE) == reply * FRAME
+        assert silent(pcm[:, 0], end, reply * FRAME)
+        assert not silent(pcm[:, 0], reply * FRAME, (reply + 1) * FRAME)
+
+
+def test_training_tells_no_held_out_fact_and_asks_only_what_was_told(bank):
+    for seed in range(6):
+        talk, known = make(bank, seed=seed), {}
+        chat(talk, 600, Mix(far=(90, 420), p_near=0.3))
+        for turn in talk.turns:
+            if turn.kind == "tell":
+                known[turn.key] = turn.value
+                assert Fact(turn.key, turn.value) not in HELD_OUT_FACTS
+            elif turn.kind == "ask":
+                assert known[turn.key] == turn.value
+
+
+def test_near_questions_lie_in_the_window_that_they_are_for(bank):
+    talk, said = make(bank, seed=4), {}
+    chat(talk, 2000, Mix(near=(60, 85)))
+    distances = []
+    for turn in talk.turns:
+        at = turn.pieces[-1] * RATE / FRAME
+        if turn.kind == "ask":
+            distances.append(at - said[turn.key])
+        said[turn.key] = at
+    # A question may have to wait until the exchange before it has ended.
+    assert len(distances) > 10
+    assert np.median(distances) == pytest.approx(80, abs=25)
+
+
+@pytest.mark.parametrize("distance", [70, 192, 768])
+def test_a_probe_asks_each_fact_once_at_its_distance(bank, distance):
+    talk = make(bank, HELD_OUT_VOICES[0])
+    facts = list(HELD_OUT_FACTS[:5])
+    probe(talk, distance, facts)
+    for fact in facts:
+        told, asked = [
+            next(t for t in talk.turns if t.kind == kind and t.key == fact.key)
+            for kind in ("tell", "ask")
+        ]
+        frames = (asked.pieces[-1] - told.pieces[-1]) * RATE / FRAME
+        assert frames == pytest.approx(distance, abs=16)
+        between = [t for t in talk.turns if told.end < t.start < asked.start]
+        assert not any(t.key == fact.key for t in between)
+
+
+def test_a_script_fills_the_time_between_without_touching_its_facts(bank):
+    talk = make(bank, HELD_OUT_VOICES[0])
+    fact = HELD_OUT_FACTS[0]
+    scripted(talk, [(4, fact, False), (500, fact, True)])
+    mine = [t for t in talk.turns if t.key == fact.key]
+    assert [t.kind for t in mine] == ["tell", "ask"]
+    assert len(talk.turns) > 6
+
+
+def test_every_word_of_the_model_is_written_in_the_frame_in_which_it_begins(bank, monkeypatch):
+    talk = make(bank)
+    recital(talk, 300)
+    spoken = [Word(word, *times) for word, times, _ in talk.alignments]
+
+    class Tokens:
+        def encode(self, text):
+            return [10 + KEYS.index(text)] if text in KEYS else [9]
+
+    stream = text_stream(spoken, Tokens(), talk.frame).tokens
+    for turn in talk.turns:
+        frame = round(turn.pieces[1] * RATE) // FRAME
+        assert stream[frame] == 10 + KEYS.index(turn.key)
+
+
+# -- remixed talks -----------------------------------------------------------------------------------
+
+
+def library(rng):
+    """Talks in codes: each turn of the user and each word of the model has a code of its own.
+
+    The model's streams are marked by turn too while it listens, as real ones are.
+    """
+    made = Library()
+    for number, fact in enumerate(FACTS):
+        turns, codes = [], np.full((17, 120), PADDING, np.int32)
+        codes[1:MADE] = 1000 + number  # what gives the turn away
+        for i, kind in enumerate(("tell", "ask", "recite")):
+            begin = 4 + 36 * i
+            reply = begin + (12 if kind != "recite" else 0)
+            codes[MADE:, begin : begin + 12] = number if kind == "tell" else KEYS.index(fact.key)
+            pieces = [(reply + 4 * j) * FRAME / RATE for j in range(3)]
+            for j, word in enumerate((0, KEYS.index(fact.key), VALUES[fact.key].index(fact.value))):
+                codes[0, reply + 4 * j] = 100 + 20 * j + word
+            end = (reply - REPLY_AFTER) * FRAME / RATE
+            about = {"kind": kind, "key": fact.key, "value": fact.value, "pieces": pieces}
+            turns.append(about | {"start": begin * FRAME / RATE, "end": end})
+        turns.append(turns[-1] | {"start": 110 * FRAME / RATE, "end": 112 * FRAME / RATE})
+        made.add(codes, turns)
+    return made
+
+
+def test_a_remixed_talk_answers_what_the_user_says():
+    rng = random.Random(0)
+    talk = Remix(library(rng), rng)
+    for fact in rng.sample(FACTS, 20):
+        for act in (talk.tell, talk.ask):
+            talk.parts.clear()
+            act(fact)
+            text = talk.codes(999)[0]
+            said = text[text >= 100].tolist()
+            value = VALUES[fact.key].index(fact.value)
+            assert said == [100, 120 + KEYS.index(fact.key), 140 + value]
+
+
+def test_the_models_own_streams_do_not_tell_which_turn_of_the_user_they_lie_beside():
+    rng = random.Random(1)
+    talk = Remix(library(rng), rng)
+    fact, marks = FACTS[5], []
+    for _ in range(60):
+        talk.parts.clear()
+        talk.tell(fact)
+        codes = talk.codes(999)
+        reply = int(np.flatnonzero(codes[0] == 100)[0])
+        # Before the reply, under its first word and under the key: of this fact's talk as seldom as
+        # of any other's.
+        key = int(np.flatnonzero(codes[0] == 120 + KEYS.index(fact.key))[0])
+        marks.append([codes[1, 0] == 1005, codes[1, reply] == 1005, codes[1, key] == 1005])
+    assert (np.mean(marks, axis=0) < [0.1, 0.1, 0.35]).all()
+
+
+def test_a_remixed_turn_keeps_its_pause_before_the_reply():
+    rng = random.Random(2)
+    talk = Remix(library(rng), rng)
+    talk._muffled = lambda heard: heard
+    for _ in range(50):
+        talk.parts.clear()
+        talk.tell(FACTS[rng.randrange(len(FACTS))])
+        codes = talk.codes(999)
+        reply = int(np.flatnonzero(codes[0] == 100)[0])
+        spoken = codes[MADE, : reply - REPLY_AFTER]
+        assert 6 <= len(spoken) <= 18
