@@ -140,7 +140,7 @@ def mimi_config_from_dict(config: dict[str, Any]) -> MimiConfig:
 
 
 def small_mimi(num_codebooks: int = 8) -> MimiConfig:
-    """A Mimi of 0.65 M parameters with Kyutai's frame, ratios and window: for tests and the demo."""
+    """A Mimi of 0.65 M parameters with Kyutai's frame, ratios and window: for tests."""
     config = mimi_config_to_dict(mimi_202407(num_codebooks))
     config["seanet"] |= {"nfilters": 8, "dimension": 64}
     config["transformer"] |= {

@@ -14,7 +14,16 @@ from voice import talks
 from voice.bank import find, moshi_pieces, slug, trimmed, user_pieces
 from voice.remix import MADE, PADDING, Library, Remix
 from voice.talks import FRAME, RATE, REPLY_AFTER, Mix, Talk, chat, probe, recital, scripted
-from voice.world import FACTS, HELD_OUT_FACTS, HELD_OUT_VOICES, KEYS, MOSHI_VOICE, VALUES, Fact
+from voice.world import (
+    FACTS,
+    HELD_OUT_FACTS,
+    HELD_OUT_VOICES,
+    KEYS,
+    MOSHI_VOICE,
+    SMALL_TALK,
+    VALUES,
+    Fact,
+)
 
 from moshi_ttt_mlx.train.interleave import Word, text_stream
 
@@ -190,6 +199,13 @@ def library(rng):
             turns.append(about | {"start": begin * FRAME / RATE, "end": end})
         turns.append(turns[-1] | {"start": 110 * FRAME / RATE, "end": 112 * FRAME / RATE})
         made.add(codes, turns)
+    for number, exchange in enumerate(SMALL_TALK):
+        codes = np.full((17, 60), PADDING, np.int32)
+        codes[1:MADE], codes[MADE:, 4:16] = 2000 + number, 50 + number
+        codes[0, 19] = 200 + number
+        turn = {"kind": "talk", "text": exchange.user, "reply": exchange.moshi}
+        turn |= {"start": 4 * FRAME / RATE, "end": 16 * FRAME / RATE}
+        made.add(codes, [turn, turn | {"start": 40 * FRAME / RATE, "end": 44 * FRAME / RATE}])
     return made
 
 
@@ -204,6 +220,18 @@ def test_a_remixed_talk_answers_what_the_user_says():
             said = text[text >= 100].tolist()
             value = VALUES[fact.key].index(fact.value)
             assert said == [100, 120 + KEYS.index(fact.key), 140 + value]
+
+
+def test_small_talk_is_answered_beside_silence_from_elsewhere():
+    rng = random.Random(3)
+    talk, own = Remix(library(rng), rng), 0
+    for number, exchange in enumerate(SMALL_TALK * 5):
+        talk.parts.clear()
+        talk.small(exchange)
+        text, voice = talk.codes(999)[:2]
+        assert text[text >= 100].tolist() == [200 + number % len(SMALL_TALK)]
+        own += voice[0] == 2000 + number % len(SMALL_TALK)
+    assert own == 0
 
 
 def test_the_models_own_streams_do_not_tell_which_turn_of_the_user_they_lie_beside():

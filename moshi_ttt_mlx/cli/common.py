@@ -14,7 +14,7 @@ from ..audio import FRAME_SECONDS
 from ..errors import UserError
 from ..session_store import session_label, session_path
 
-DEMO_NOTE = "the demo model is tiny and untrained: its words mean nothing"
+DEMO_NOTE = "a small model of a closed world (docs/voice.md), not Kyutai's Moshi"
 
 
 def add_model_arguments(

@@ -22,6 +22,7 @@ from .world import HELD_OUT_VOICES, MOSHI_VOICE
 # As far as the base looks back; the memory's share of questions lies beyond.
 MIXES = {
     "near": Mix(),
+    "warm": Mix(far=(60, 230), p_near=0.2, p_fact=0.6, p_pause=0.05, again=0.7, most=5),
     "far": Mix(far=(90, 420), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7),
 }
 PLANS: dict[str, Callable[[Talk, int], None]] = {
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--plan", choices=PLANS, required=True)
     parser.add_argument("--talks", type=int, default=100)
     parser.add_argument("--frames", type=int, default=768)
+    parser.add_argument("--voice", help="of the user (default: another one in each talk)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ def main() -> None:
     rows = []
     for number in track(range(args.talks), f"{args.plan} talks"):
         rng = random.Random(f"{args.seed} {args.plan} {number}")
-        talk = Talk(args.bank, rng.choice(voices), rng)
+        talk = Talk(args.bank, args.voice or rng.choice(voices), rng)
         PLANS[args.plan](talk, args.frames)
         rows.append(write(talk, args.frames, args.out, f"{args.plan}-{number:04d}"))
     manifest = args.out / "talks.jsonl"

@@ -46,7 +46,9 @@ class Answer:
     right: bool
 
 
-def make_talks(bank: Path, frames: int, rows: int, seed: int) -> list[Talk]:
+def make_talks(
+    bank: Path, frames: int, rows: int, seed: int, voices: Sequence[str] = HELD_OUT_VOICES
+) -> list[Talk]:
     """Talks that ask each of some facts once, `frames` after it was told; half of them held out."""
     talks = []
     for row in range(rows):
@@ -57,7 +59,7 @@ def make_talks(bank: Path, frames: int, rows: int, seed: int) -> list[Talk]:
             rng.choice([f for f in (HELD_OUT_FACTS if i % 2 else known) if f.key == key])
             for i, key in enumerate(keys)
         ]
-        talk = Talk(bank, HELD_OUT_VOICES[row % len(HELD_OUT_VOICES)], rng)
+        talk = Talk(bank, voices[row % len(voices)], rng)
         probe(talk, frames, facts)
         talks.append(talk)
     return talks
@@ -139,6 +141,13 @@ def save_clips(model: Model, talks, sound: np.ndarray, out: Path, name: str, mos
             return
 
 
+def was_heard(answer: Answer, found: list[Answer]) -> bool:
+    """Whether the fact that is asked for was repeated rightly when it was told."""
+    fact = (answer.windows, answer.row, answer.key, answer.value)
+    told = [a for a in found if a.kind == "tell" and (a.windows, a.row, a.key, a.value) == fact]
+    return all(a.right for a in told)
+
+
 def table(found: list[Answer]) -> str:
     """Shares of right answers by distance."""
     lines = []
@@ -147,6 +156,10 @@ def table(found: list[Answer]) -> str:
         parts = []
         for name, some in (
             ("asked", [a for a in here if a.kind == "ask"]),
+            (
+                "asked of what was heard",
+                [a for a in here if a.kind == "ask" and was_heard(a, here)],
+            ),
             ("held-out pairs", [a for a in here if a.kind == "ask" and a.held_out]),
             ("told", [a for a in here if a.kind == "tell"]),
             ("small talk", [a for a in here if a.kind == "talk"]),
@@ -169,6 +182,7 @@ def main() -> None:
     parser.add_argument("--windows", type=float, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--rows", type=int, default=8, help="talks, of six questions each")
     parser.add_argument("--clips", type=int, default=0, help="answers to keep as sound, a distance")
+    parser.add_argument("--voices", nargs="+", default=HELD_OUT_VOICES, help="of the users")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)
@@ -178,7 +192,9 @@ def main() -> None:
     found = []
     with Progress() as bar:
         for windows in args.windows:
-            talks = make_talks(args.bank, round(windows * window), args.rows, args.seed)
+            talks = make_talks(
+                args.bank, round(windows * window), args.rows, args.seed, args.voices
+            )
             codes = heard(model, talks)
             task = bar.add_task(f"{windows:g} windows", total=codes.shape[2])
             tokens, sound = replies(model, codes, args.memory, lambda t=task: bar.advance(t))

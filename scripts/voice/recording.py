@@ -1,6 +1,6 @@
-"""The demo's recording: four minutes of one user, a voice and pairs that nothing was trained on.
+"""The demo's recording: four minutes of one user, of a voice and pairs that training has.
 
-    python -m voice.recording BANK OUT.flac [--voice af_nova] [--seed 0]      (in scripts/)
+    python -m voice.recording BANK OUT.flac [--voice af_bella] [--seed 0]      (in scripts/)
 
 Writes the user's side alone, and beside it `OUT.json` with what is said when.
 """
@@ -14,38 +14,34 @@ from pathlib import Path
 import soundfile
 
 from .talks import RATE, Talk, scripted
-from .world import HELD_OUT_FACTS, HELD_OUT_VOICES, Fact
+from .world import USER_VOICE, Fact
 
 FRAMES = 3000
 # Told at, asked at (frames); a window has 96.
 TIMES = ((6, 70), (130, 400), (190, 640), (260, 1130), (340, 1960), (420, 2920), (1500, 2760))
 
 
-def facts() -> list[Fact]:
-    """Four pairs that no training talk has, and three that some have."""
-    new = {fact.key: fact for fact in HELD_OUT_FACTS}
-    known = [Fact("cat", "Bella"), Fact("bus", "twelve"), Fact("home", "London")]
-    return [
-        known[0],
-        new["jacket"],
-        new["teacher"],
-        known[1],
-        new["office"],
-        new["sister"],
-        known[2],
-    ]
+FACTS = (
+    Fact("cat", "Oscar"),
+    Fact("jacket", "green"),
+    Fact("teacher", "Peter"),
+    Fact("bus", "seven"),
+    Fact("office", "London"),
+    Fact("sister", "Grace"),
+    Fact("home", "Tokyo"),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bank", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--voice", choices=HELD_OUT_VOICES, default=HELD_OUT_VOICES[0])
+    parser.add_argument("--voice", default=USER_VOICE)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     talk = Talk(args.bank, args.voice, random.Random(args.seed))
-    events = [(at, fact, False) for fact, (at, _) in zip(facts(), TIMES, strict=True)]
-    events += [(at, fact, True) for fact, (_, at) in zip(facts(), TIMES, strict=True)]
+    events = [(at, fact, False) for fact, (at, _) in zip(FACTS, TIMES, strict=True)]
+    events += [(at, fact, True) for fact, (_, at) in zip(FACTS, TIMES, strict=True)]
     scripted(talk, events)
     pcm = talk.stereo(max(FRAMES, talk.frame), noise=False)[:, 1]
     soundfile.write(args.out, pcm, RATE)

@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,15 +62,15 @@ class Library:
         for turn, begin, stop in zip(turns, begins, [*begins[1:], codes.shape[1]], strict=True):
             reply = -(-round(turn["end"] * RATE) // FRAME) + REPLY_AFTER - begin
             unit = Unit(codes[:, max(begin, 0) : stop], reply + min(begin, 0))
-            # The end of a talk may cut its last turn off.
-            if stop >= codes.shape[1]:
-                continue
-            self._file(turn, unit)
+            # The end of a talk may cut its last turn off, and before its first frame there is none.
+            if stop < codes.shape[1] and unit.reply > 0:
+                self._file(turn, unit)
 
     def _file(self, turn: dict, unit: Unit) -> None:
         if turn["kind"] == "talk":
+            self.small[turn["text"]].append(unit)
             if (unit.codes[0] > PADDING).any():  # else nobody answers
-                self.small[turn["text"]].append(unit)
+                self.words[turn["reply"]].append(unit.codes[:MADE, unit.reply - 1 :])
             return
         fact = Fact(turn["key"], turn["value"])
         if turn["kind"] == "recite":
@@ -102,17 +103,17 @@ class Remix:
             self._put(self.rng.choice(self.library.silence))
 
     def tell(self, fact: Fact) -> None:
-        self._answer(self.rng.choice(self.library.told[fact]), fact)
+        self._answer(self.rng.choice(self.library.told[fact]), ("Your", *fact))
 
     def small(self, exchange: Exchange) -> None:
-        self._put(self.rng.choice(self.library.small[exchange.user]).codes)
+        self._answer(self.rng.choice(self.library.small[exchange.user]), (exchange.moshi,))
 
     def ask(self, fact: Fact) -> None:
-        self._answer(self.rng.choice(self.library.asked[fact.key]), fact)
+        self._answer(self.rng.choice(self.library.asked[fact.key]), ("Your", *fact))
 
-    def _answer(self, user: Unit, fact: Fact) -> None:
+    def _answer(self, user: Unit, reply: Sequence[str]) -> None:
         # Each word from another talk: what surrounds it must not tell the next one.
-        words = [self.rng.choice(self.library.words[word]) for word in ("Your", *fact)]
+        words = [self.rng.choice(self.library.words[word]) for word in reply]
         spoken = user.codes[:, self._tempo(user.reply - 1)]
         made = np.concatenate([self._quiet(spoken.shape[1]), *words], axis=1)
         heard = np.concatenate([spoken, user.codes[:, user.reply - 1 :]], axis=1)[MADE:]

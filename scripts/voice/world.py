@@ -81,5 +81,7 @@ def answered(fact: Fact) -> tuple[str, str, str]:
 
 
 MOSHI_VOICE = "af_heart"
+# The demo's user, whom the model has heard more than others.
+USER_VOICE = "af_bella"
 # A woman and a man that nothing is trained on.
 HELD_OUT_VOICES = ("af_nova", "am_michael")
