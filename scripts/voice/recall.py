@@ -42,6 +42,7 @@ class Answer:
     key: str
     value: str
     held_out: bool
+    probed: bool  # told and asked at the distance; else one of the facts between
     said: str
     right: bool
 
@@ -61,6 +62,7 @@ def make_talks(
         ]
         talk = Talk(bank, voices[row % len(voices)], rng)
         probe(talk, frames, facts)
+        talk.probed = frozenset(keys)
         talks.append(talk)
     return talks
 
@@ -115,7 +117,8 @@ def answers(
         for turn in talk.turns:
             said = words_after(model, tokens[row], turn)
             held_out = (turn.key, turn.value) in HELD_OUT_FACTS
-            about = (turn.kind, turn.key, turn.value, held_out, said, is_right(said, turn))
+            probed = turn.key in talk.probed
+            about = (turn.kind, turn.key, turn.value, held_out, probed, said, is_right(said, turn))
             found.append(Answer(row, windows, talk.voice, *about))
     return found
 
@@ -131,7 +134,7 @@ def save_clips(model: Model, talks, sound: np.ndarray, out: Path, name: str, mos
         codes = sound[row][:, : sound.shape[2] // BLOCK * BLOCK]
         blocks = np.split(codes, codes.shape[1] // BLOCK, axis=1)
         pcm = np.concatenate([codec.decode_block(block) for block in blocks])
-        asked = [turn for turn in talk.turns if turn.kind == "ask"]
+        asked = [t for t in talk.turns if t.kind == "ask" and t.key in talk.probed]
         for number, turn in enumerate(asked[:left]):
             start = int(turn.end * RATE)
             clip = pcm[start : start + ANSWER * FRAME]
@@ -152,7 +155,7 @@ def table(found: list[Answer]) -> str:
     """Shares of right answers by distance."""
     lines = []
     for windows in sorted({a.windows for a in found}):
-        here = [a for a in found if a.windows == windows]
+        here = [a for a in found if a.windows == windows and (a.probed or a.kind == "talk")]
         parts = []
         for name, some in (
             ("asked", [a for a in here if a.kind == "ask"]),

@@ -95,6 +95,7 @@ class Talk:
     sides: tuple[list, list] = field(default_factory=lambda: ([], []))
     alignments: list = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    probed: frozenset[str] = frozenset()  # keys that a probe is about
 
     def __post_init__(self) -> None:
         self.gain = 10 ** self.rng.uniform(-0.35, 0.15)
