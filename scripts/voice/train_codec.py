@@ -42,7 +42,7 @@ SCALES = {256: 32, 512: 48, 1024: 80, 2048: 100}  # FFT length -> mel bands
 
 
 def mimi_config(codebooks: int = 8) -> dict:
-    """Arguments of Kyutai's modules; `make_demo_model.py` has the same shape for `config.json`."""
+    """Arguments of Kyutai's modules; `model.py` has the same shape for `config.json`."""
     dim = 128
     return {
         "channels": 1,
