@@ -23,9 +23,9 @@ import soxr
 from .kokoro import SAMPLE_RATE, Kokoro
 from .world import (
     FACTS,
-    HELD_OUT_FACTS,
     HELD_OUT_VOICES,
     KEYS,
+    KNOWN_FACTS,
     MOSHI_VOICE,
     SMALL_TALK,
     answered,
@@ -61,8 +61,7 @@ def user_pieces(voice: str) -> list[str]:
     if voice in HELD_OUT_VOICES:
         return [*small, *(" ".join(told(fact)) for fact in FACTS)]
     pieces = {piece: None for fact in FACTS for piece in told(fact)}
-    known = [fact for fact in FACTS if fact not in HELD_OUT_FACTS]
-    whole = random.Random(voice).sample(known, WHOLE)
+    whole = random.Random(voice).sample(KNOWN_FACTS, WHOLE)
     return [*small, *pieces, *(" ".join(told(fact)) for fact in whole)]
 
 

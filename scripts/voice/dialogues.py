@@ -1,6 +1,6 @@
 """Write talks of the closed world to disk, in moshi-finetune's format.
 
-    python -m voice.dialogues BANK OUT [--recitals N] [--talks N] [--minutes-each X]     (in scripts/)
+    python -m voice.dialogues BANK OUT --plan PLAN [--talks 100] [--frames 768]     (in scripts/)
 
 `OUT/talks.jsonl`, and for each talk a stereo FLAC (left the model, right the user) and a JSON of
 words with times: what `moshi-ttt-mlx tokenize` reads.

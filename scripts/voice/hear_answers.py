@@ -9,10 +9,9 @@ import argparse
 import json
 from pathlib import Path
 
-import soundfile
 from rich.progress import track
 
-from .ears import ears, normalised
+from .ears import ears, normalised, read
 from .world import VALUES
 
 
@@ -32,7 +31,7 @@ def main() -> None:
     paths, found = sorted(args.clips.glob("*.flac")), []
     for ear in ears(args.whisper):
         for path in track(paths, ear.name):
-            heard = ear.hear(*soundfile.read(path, dtype="float32"))
+            heard = ear.hear(*read(path))
             value = path.stem.partition("_")[2]
             distance = path.stem.partition("-")[0]
             right = right_value(heard, value)

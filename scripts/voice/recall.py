@@ -25,7 +25,7 @@ from moshi_ttt_mlx.generate import FrameGenerator
 from moshi_ttt_mlx.model import Model
 
 from .talks import FRAME, RATE, Talk, Turn, probe
-from .world import FACTS, HELD_OUT_FACTS, HELD_OUT_VOICES, KEYS
+from .world import HELD_OUT_FACTS, HELD_OUT_VOICES, KEYS, KNOWN_FACTS
 
 BLOCK = 25  # frames that the codec takes at a time
 ANSWER = 40  # frames in which an answer has to come
@@ -55,9 +55,8 @@ def make_talks(
     for row in range(rows):
         rng = random.Random(f"{seed} {frames} {row}")
         keys = rng.sample(KEYS, 6)
-        known = [f for f in FACTS if f not in HELD_OUT_FACTS]
         facts = [
-            rng.choice([f for f in (HELD_OUT_FACTS if i % 2 else known) if f.key == key])
+            rng.choice([f for f in (HELD_OUT_FACTS if i % 2 else KNOWN_FACTS) if f.key == key])
             for i, key in enumerate(keys)
         ]
         talk = Talk(bank, voices[row % len(voices)], rng)

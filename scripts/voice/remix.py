@@ -20,13 +20,13 @@ import numpy as np
 from rich.progress import track
 
 from moshi_ttt_mlx.train.data import NOTHING, find_shards, write_shard
+from moshi_ttt_mlx.train.interleave import PADDING
 
 from .dialogues import MIXES
 from .talks import FRAME, RATE, REPLY_AFTER, chat
 from .world import Exchange, Fact
 
 MADE = 9  # streams of the model: text and its codebooks
-PADDING = 3
 # Of what the user says, so that it is not learned by heart either.
 TEMPO = 0.04  # chance of a frame to be left out, or to come twice
 HOLES = 0.06  # chance of a code to be missing

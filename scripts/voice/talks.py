@@ -18,11 +18,11 @@ import numpy as np
 import soundfile
 
 from .bank import find
+from .kokoro import SAMPLE_RATE as RATE
 from .kokoro import phonemes
 from .world import (
-    FACTS,
-    HELD_OUT_FACTS,
     KEYS,
+    KNOWN_FACTS,
     MOSHI_VOICE,
     SMALL_TALK,
     VALUES,
@@ -33,7 +33,7 @@ from .world import (
     told,
 )
 
-RATE, FRAME = 24_000, 1920
+FRAME = 1920  # samples
 REPLY_AFTER = 3  # frames
 ASKING = 26  # frames from where a question begins to where the value is said, about
 Kind = Literal["tell", "ask", "talk", "recite"]
@@ -209,7 +209,7 @@ class Mix:
 
 def _known_facts(rng: random.Random, key: str) -> Fact:
     """A fact that training may tell."""
-    return rng.choice([f for f in FACTS if f.key == key and f not in HELD_OUT_FACTS])
+    return rng.choice([fact for fact in KNOWN_FACTS if fact.key == key])
 
 
 def chat(talk: Talk, frames: int, mix: Mix, facts=_known_facts) -> None:
@@ -272,13 +272,12 @@ def _chatter(rng: random.Random, keys: Sequence[str]) -> Iterator[Callable[[Talk
 def tape(talk: Talk, frames: int) -> None:
     """One turn of the user after another, each fact and question as likely as any, and no answers."""
     rng, talk.mute = talk.rng, True
-    known = [fact for fact in FACTS if fact not in HELD_OUT_FACTS]
     while talk.frame < frames:
         kind = rng.random()
         if kind < 0.6:
-            talk.tell(rng.choice(known))
+            talk.tell(rng.choice(KNOWN_FACTS))
         elif kind < 0.9:
-            talk.ask(rng.choice(known))
+            talk.ask(rng.choice(KNOWN_FACTS))
         else:
             talk.small(rng.choice(SMALL_TALK))
 

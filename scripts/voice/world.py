@@ -59,6 +59,7 @@ FACTS = tuple(Fact(key, value) for key, values in VALUES.items() for value in va
 HELD_OUT_FACTS = tuple(
     Fact(key, VALUES[key][(3 * number + 2) % 8]) for number, key in enumerate(KEYS)
 )
+KNOWN_FACTS = tuple(fact for fact in FACTS if fact not in HELD_OUT_FACTS)
 
 
 def told(fact: Fact) -> tuple[str, str]:
