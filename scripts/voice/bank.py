@@ -1,13 +1,18 @@
-"""The bank: every sentence of the closed world, or piece of one, said by every voice.
+"""The bank: sentences of the closed world, said by many voices.
 
     python -m voice.bank KOKORO OUT [--workers 2] [--real WAV ...]        (in scripts/)
 
-One FLAC a piece, 24 kHz, silence cut off, of equal loudness: `OUT/<voice>/<words>.flac`. What is there
-is not made again, so a run that was stopped goes on. Kokoro's American voices, some of espeak-ng's for
-variety, and real recordings, which have no words (`real-<name>/`): the codec alone learns from them.
+One FLAC a sentence, 24 kHz, silence cut off, of equal loudness: `OUT/<voice>/<words>.flac`, and beside
+it what is said when, `<words>.json`. What is there is not made again, so a run that was stopped goes on.
+Kokoro's voices and blends of two of them, some of espeak-ng's for variety, and real recordings
+(`real-<name>/`), for the codec alone: of these two nobody knows what is said when.
+
+A training voice says each key and each value now and then, in natural sentences; `talks.py` cuts them
+between key and value, so that any pair can be told.
 """
 
 import argparse
+import json
 import random
 import re
 import subprocess
@@ -20,22 +25,25 @@ import numpy as np
 import soundfile
 import soxr
 
-from .kokoro import SAMPLE_RATE, Kokoro
+from .kokoro import SAMPLE_RATE, Kokoro, Said
 from .world import (
+    ALL_VALUES,
     FACTS,
+    HELD_OUT_FACTS,
     HELD_OUT_VOICES,
     KEYS,
-    KNOWN_FACTS,
     MOSHI_VOICE,
     SMALL_TALK,
+    Fact,
     answered,
     asked,
     told,
 )
 
 LOUDNESS = 0.06  # root mean square, of full scale
-WHOLE = 12  # facts that a training voice says in one breath
-ESPEAK = ("en-us+m3", "en-us+f2", "en-us+m7", "en-us+f4")
+TOLD, ASKED, SMALL = 20, 8, 4  # sentences of a training voice
+FOREIGN, BLENDS = 8, 14  # Kokoro's voices for other languages, and means of two
+ESPEAK = ("en-us+m3", "en-us+f2")
 REAL_SECONDS = 1.6
 
 
@@ -45,46 +53,75 @@ def slug(text: str) -> str:
 
 
 def find(bank: Path, voice: str, text: str) -> Path:
-    """Where a piece lies."""
+    """Where a sentence lies."""
     return bank / voice / f"{slug(text)}.flac"
 
 
 def moshi_pieces() -> list[str]:
     """All that the model says."""
-    pieces = {piece: None for fact in FACTS for piece in answered(fact)}
+    facts = [Fact(key, value) for key in KEYS for value in ALL_VALUES]
+    pieces = {piece: None for fact in facts for piece in answered(fact)}
     return [*pieces, *(exchange.moshi for exchange in SMALL_TALK)]
 
 
-def user_pieces(voice: str) -> list[str]:
-    """All that a voice says as a user."""
-    small = [*map(asked, KEYS), *(exchange.user for exchange in SMALL_TALK)]
+def user_sentences(voice: str) -> list[str]:
+    """What a voice says as a user: everything if it is kept for testing, else a part."""
+    small = [exchange.user for exchange in SMALL_TALK]
     if voice in HELD_OUT_VOICES:
-        return [*small, *(" ".join(told(fact)) for fact in FACTS)]
-    pieces = {piece: None for fact in FACTS for piece in told(fact)}
-    whole = random.Random(voice).sample(KNOWN_FACTS, WHOLE)
-    return [*small, *pieces, *(" ".join(told(fact)) for fact in whole)]
+        return [*map(asked, KEYS), *small, *(" ".join(told(fact)) for fact in FACTS)]
+    rng = random.Random(voice)
+    keys = rng.sample(KEYS, len(KEYS))
+    values = [v for v in rng.sample(ALL_VALUES, len(ALL_VALUES))]
+    facts = [Fact(keys[i % len(keys)], value) for i, value in enumerate(values[:TOLD])]
+    told_facts = [fact for fact in facts if fact not in HELD_OUT_FACTS]
+    return [
+        *(" ".join(told(fact)) for fact in told_facts),
+        *map(asked, rng.sample(KEYS, ASKED)),
+        *rng.sample(small, SMALL),
+    ]
+
+
+def training_voices(voices: list[str]) -> list[str]:
+    """English ones, some of other languages, blends and espeak-ng's; never those kept for testing."""
+    rng = random.Random(0)
+    kept = [v for v in voices if v not in HELD_OUT_VOICES and v != MOSHI_VOICE]
+    english = [v for v in kept if v[0] in "ab"]
+    foreign = rng.sample([v for v in kept if v[0] not in "ab"], FOREIGN)
+    blends = ["+".join(rng.sample(english, 2)) for _ in range(BLENDS)]
+    chosen = [*english, *foreign, *blends]
+    rng.shuffle(chosen)
+    return [*chosen, *(f"espeak-{name}" for name in ESPEAK)]
 
 
 def jobs(voices: list[str]) -> Iterator[tuple[str, str, float]]:
-    """Voice, text and speed of every piece, the most needed first."""
+    """Voice, text and speed of every sentence, the most needed first."""
     for text in moshi_pieces():
         yield MOSHI_VOICE, text, 1.0
-    american = [voice for voice in voices if voice[0] == "a" and voice != MOSHI_VOICE]
-    for voice in [*(f"espeak-{name}" for name in ESPEAK), *american]:
+    for voice in [*training_voices(voices), *HELD_OUT_VOICES]:
         rng = random.Random(voice)
-        for text in user_pieces(voice):
+        for text in user_sentences(voice):
             yield voice, text, round(rng.uniform(0.9, 1.2), 3)
 
 
-def trimmed(pcm: np.ndarray, margin: float = 0.02) -> np.ndarray:
-    """Sound without the silence around it, of `LOUDNESS`."""
+def trimmed(pcm: np.ndarray, margin: float = 0.02) -> tuple[np.ndarray, int]:
+    """Sound without the silence around it, of `LOUDNESS`; how many samples were cut off its start."""
     block = SAMPLE_RATE // 100
     energy = np.square(pcm[: len(pcm) // block * block]).reshape(-1, block).mean(axis=1)
     loud = np.flatnonzero(energy > 1e-4 * np.quantile(energy, 0.95))
     start = max(loud[0] * block - int(margin * SAMPLE_RATE), 0)
     pcm = pcm[start : (loud[-1] + 1) * block + int(margin * SAMPLE_RATE)]
     pcm = pcm * (LOUDNESS / np.sqrt(np.square(pcm).mean()))
-    return np.clip(pcm, -0.99, 0.99)
+    return np.clip(pcm, -0.99, 0.99), start
+
+
+def notes(text: str, said: Said, start: int) -> dict:
+    """Words and phonemes with their times in samples, as they lie in the trimmed sound."""
+    begins = [said.begin, *said.ends[:-1]]
+    rows = [
+        (symbol, int(max(begin - start, 0)), int(max(end - start, 0)))
+        for symbol, begin, end in zip(said.symbols, begins, said.ends, strict=True)
+    ]
+    return {"text": text, "symbols": rows}
 
 
 def espeak(text: str, voice: str, speed: float) -> np.ndarray:
@@ -105,7 +142,7 @@ def cut_real(path: Path, out: Path) -> None:
     folder = out / f"real-{slug(path.stem)}"
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(pcm) - size, size)):
-        piece = trimmed(pcm[start : start + size])
+        piece, _ = trimmed(pcm[start : start + size])
         soundfile.write(folder / f"{number:04d}.flac", piece, SAMPLE_RATE)
 
 
@@ -117,10 +154,14 @@ def make(kokoro: Path, out: Path, part: list[tuple[str, str, float]]) -> int:
         if path.exists():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
+        if voice.startswith("espeak-"):
+            pcm, _ = trimmed(espeak(text, voice, speed))
+        else:
+            speech = model.say(text, voice, speed)
+            pcm, start = trimmed(speech.pcm)
+            path.with_suffix(".json").write_text(json.dumps(notes(text, speech, start)))
         new = path.with_suffix(".part")
-        by_rule = voice.startswith("espeak-")
-        pcm = espeak(text, voice, speed) if by_rule else model.say(text, voice, speed)
-        soundfile.write(new, trimmed(pcm), SAMPLE_RATE, format="FLAC")
+        soundfile.write(new, pcm, SAMPLE_RATE, format="FLAC")
         new.rename(path)
         said += 1
     return said
@@ -139,7 +180,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers) as pool:
         parts = [todo[i :: args.workers] for i in range(args.workers)]
         said = pool.map(make, *zip(*((args.kokoro, args.out, part) for part in parts), strict=True))
-        print(f"{sum(said)} pieces said, {len(todo)} in all")
+        print(f"{sum(said)} sentences said, {len(todo)} in all")
 
 
 if __name__ == "__main__":

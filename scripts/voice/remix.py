@@ -22,11 +22,18 @@ from rich.progress import track
 from moshi_ttt_mlx.train.data import NOTHING, find_shards, write_shard
 from moshi_ttt_mlx.train.interleave import PADDING
 
-from .dialogues import MIXES
-from .talks import FRAME, RATE, REPLY_AFTER, chat
-from .world import Exchange, Fact
+from .talks import FRAME, RATE, REPLY_AFTER, Mix, chat
+from .world import KNOWN_FACTS, Exchange, Fact
 
+# As far as the base looks back, and some farther, or it would take every question for one of what it
+# sees; the memory's share of questions lies beyond.
+MIXES = {
+    "near": Mix(far=(100, 170), p_near=0.85),
+    "warm": Mix(far=(60, 230), p_near=0.2, p_fact=0.6, p_pause=0.05, again=0.7, most=5),
+    "far": Mix(far=(90, 420), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7),
+}
 MADE = 9  # streams of the model: text and its codebooks
+WHOLE = 0.4  # share of facts that are told as they were in some talk
 # Of what the user says, so that it is not learned by heart either.
 TEMPO = 0.04  # chance of a frame to be left out, or to come twice
 HOLES = 0.06  # chance of a code to be missing
@@ -50,6 +57,9 @@ class Library:
 
     def __init__(self) -> None:
         self.told: dict[Fact, list[Unit]] = defaultdict(list)
+        # Their halves: up to the key, and from "is" on.
+        self.keys: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.values: dict[str, list[Unit]] = defaultdict(list)
         self.asked: dict[str, list[Unit]] = defaultdict(list)
         self.words: dict[str, list[np.ndarray]] = defaultdict(list)
         self.small: dict[str, list[Unit]] = defaultdict(list)
@@ -64,15 +74,16 @@ class Library:
             unit = Unit(codes[:, max(begin, 0) : stop], reply + min(begin, 0))
             # The end of a talk may cut its last turn off, and before its first frame there is none.
             if stop < codes.shape[1] and unit.reply > 0:
-                self._file(turn, unit)
+                self._file(turn, unit, begin)
 
-    def _file(self, turn: dict, unit: Unit) -> None:
+    def _file(self, turn: dict, unit: Unit, begin: int) -> None:
         if turn["kind"] == "talk":
             self.small[turn["text"]].append(unit)
-            if (unit.codes[0] > PADDING).any():  # else nobody answers
-                self.words[turn["reply"]].append(unit.codes[:MADE, unit.reply - 1 :])
             return
         fact = Fact(turn["key"], turn["value"])
+        if turn["kind"] == "recite" and not fact.key:
+            self.words[turn["reply"]].append(unit.codes[:MADE, unit.reply - 1 :])
+            return
         if turn["kind"] == "recite":
             # The frame before the first word says that one comes.
             begins = [round(second * RATE) // FRAME for second in turn["pieces"]]
@@ -83,6 +94,9 @@ class Library:
             return
         if turn["kind"] == "tell":
             self.told[fact].append(unit)
+            cut = round(turn["cut"] * RATE) // FRAME - max(begin, 0)
+            self.keys[fact.key].append(unit.codes[:, :cut])
+            self.values[fact.value].append(Unit(unit.codes[:, cut:], unit.reply - cut))
         else:
             self.asked[fact.key].append(unit)
         if unit.reply > 8:
@@ -103,7 +117,18 @@ class Remix:
             self._put(self.rng.choice(self.library.silence))
 
     def tell(self, fact: Fact) -> None:
-        self._answer(self.rng.choice(self.library.told[fact]), ("Your", *fact))
+        units = self.library.told[fact]
+        if units and self.rng.random() < WHOLE:
+            user = self.rng.choice(units)
+        else:
+            # Of two talks, and so of two voices: no turn comes often enough to be learned by heart.
+            key, value = (
+                self.rng.choice(self.library.keys[fact.key]),
+                self.rng.choice(self.library.values[fact.value]),
+            )
+            joined = np.concatenate([key, value.codes], axis=1)
+            user = Unit(joined, key.shape[1] + value.reply)
+        self._answer(user, ("Your", *fact))
 
     def small(self, exchange: Exchange) -> None:
         self._answer(self.rng.choice(self.library.small[exchange.user]), (exchange.moshi,))
@@ -173,15 +198,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     library = read_library([tuple(pair) for pair in args.sources])
-    facts = sorted(library.told)
-    print(f"{sum(map(len, library.told.values()))} facts told, {len(facts)} different ones")
-
-    def known(rng: random.Random, key: str) -> Fact:
-        return rng.choice([fact for fact in facts if fact.key == key])
+    print(f"{sum(map(len, library.told.values()))} facts told, {len(library.told)} different ones")
 
     for number in track(range(args.talks), args.plan):
         talk = Remix(library, random.Random(f"{args.seed} {args.plan} {number}"))
-        chat(talk, args.frames, MIXES[args.plan], known)
+        chat(talk, args.frames, MIXES[args.plan])
         name = f"{args.plan}-{args.seed}-{number:05d}"
         write_shard(args.out / f"{name}.safetensors", talk.codes(args.frames), {"source": name})
 

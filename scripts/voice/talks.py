@@ -10,14 +10,13 @@ does each of its pieces: the same words always have the same codes.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import soundfile
 
 from .bank import find
+from .clips import Voice, load
 from .kokoro import SAMPLE_RATE as RATE
 from .kokoro import phonemes
 from .world import (
@@ -50,6 +49,7 @@ class Turn:
         reply: in words.
         pieces: seconds at which the reply's pieces begin; the last one of a fact is the value.
         key, value: of a fact, told or asked.
+        cut: the second at which the user, who tells a fact, comes to its value.
     """
 
     start: float
@@ -60,12 +60,7 @@ class Turn:
     pieces: tuple[float, ...]
     key: str = ""
     value: str = ""
-
-
-@cache
-def load(path: Path) -> np.ndarray:
-    """A clip, float32 `[N]`."""
-    return soundfile.read(path, dtype="float32")[0]
+    cut: float = 0.0
 
 
 def words(text: str, start: float, end: float) -> list[tuple[str, float, float]]:
@@ -85,12 +80,14 @@ class Talk:
         voice: of the user.
         rng: of pauses and loudness.
         mute: the model answers nothing.
+        rate: of the user's voice: faster and higher, or slower and lower.
     """
 
     bank: Path
     voice: str
     rng: random.Random
     mute: bool = False
+    rate: float = 1.0
     place: int = 0  # samples
     sides: tuple[list, list] = field(default_factory=lambda: ([], []))
     alignments: list = field(default_factory=list)
@@ -99,6 +96,7 @@ class Talk:
 
     def __post_init__(self) -> None:
         self.gain = 10 ** self.rng.uniform(-0.35, 0.15)
+        self.user = Voice(self.bank, self.voice, self.rate)
 
     @property
     def frame(self) -> int:
@@ -109,61 +107,62 @@ class Talk:
         self.place += int(frames * FRAME)
 
     def tell(self, fact: Fact) -> None:
-        whole = find(self.bank, self.voice, " ".join(told(fact)))
-        # Voices for testing say whole sentences only.
-        has_pieces = find(self.bank, self.voice, told(fact)[1]).exists()
-        in_one = whole.exists() and (self.rng.random() < 0.5 or not has_pieces)
-        pieces = [" ".join(told(fact))] if in_one else list(told(fact))
-        self._turn("tell", pieces, answered(fact), fact)
+        sentence = self.user.tells(fact, self.rng)
+        cut = self.place + sentence.cut
+        text = " ".join(told(fact))
+        self._turn("tell", text, sentence.pcm, answered(fact), fact, cut / RATE)
 
     def ask(self, fact: Fact) -> None:
-        self._turn("ask", [asked(fact.key)], answered(fact), fact)
+        text = asked(fact.key)
+        self._turn("ask", text, self.user.says(text), answered(fact), fact)
 
     def small(self, exchange: Exchange) -> None:
-        self._turn("talk", [exchange.user], (exchange.moshi,), None)
+        pcm = self.user.says(exchange.user)
+        self._turn("talk", exchange.user, pcm, (exchange.moshi,), None)
 
-    def recite(self, fact: Fact) -> None:
-        """The model says a fact of itself."""
+    def recite(self, fact: Fact | None, pieces: Sequence[str]) -> None:
+        """The model says something of itself: a fact or small talk."""
         self.place = self.frame * FRAME
         start, before = self.place / RATE, (self.place - REPLY_AFTER * FRAME) / RATE
-        pieces = self._say(answered(fact))
-        reply = " ".join(answered(fact))
-        self.turns.append(Turn(start, before, "recite", "", reply, pieces, fact.key, fact.value))
+        begins = self._say(pieces)
+        key, value = fact or ("", "")
+        turn = Turn(start, before, "recite", "", " ".join(pieces), begins, key, value)
+        self.turns.append(turn)
         self.pause(self.rng.randint(0, 2))
 
-    def _turn(self, kind: Kind, pieces: list[str], reply: tuple[str, ...], fact) -> None:
-        start = self.place
-        for piece in pieces:
-            self._put(1, self.voice, piece, self.gain)
-            self.place += int(RATE * self.rng.uniform(0.0, 0.08))
-        end = max(at + len(pcm) for at, pcm in self.sides[1])
+    def _turn(
+        self,
+        kind: Kind,
+        text: str,
+        pcm: np.ndarray,
+        reply: Sequence[str],
+        fact: Fact | None,
+        cut: float = 0.0,
+    ) -> None:
+        start, end = self.place, self.place + len(pcm)
+        self.sides[1].append((start, pcm * self.gain))
         self.place = (-(-end // FRAME) + REPLY_AFTER) * FRAME
         begins = () if self.mute else self._say(reply)
-        text = " ".join(pieces)
         key, value = fact or ("", "")
         times = start / RATE, end / RATE
-        self.turns.append(Turn(*times, kind, text, " ".join(reply), begins, key, value))
+        self.turns.append(Turn(*times, kind, text, " ".join(reply), begins, key, value, cut))
         self.pause(self.rng.uniform(1, 3) if self.mute else self.rng.uniform(3, 9))
 
     def _say(self, pieces: Sequence[str]) -> tuple[float, ...]:
         """The model's pieces, each from a frame on; seconds at which they begin."""
         begins = []
         for piece in pieces:
-            self.place = self.frame * FRAME
-            begins.append(self.place / RATE)
-            self._put(0, MOSHI_VOICE, piece, 1.0)
-        self.place = self.frame * FRAME
-        return tuple(begins)
-
-    def _put(self, side: int, voice: str, text: str, gain: float) -> None:
-        pcm = load(find(self.bank, voice, text)) * gain
-        self.sides[side].append((self.place, pcm))
-        start, self.place = self.place, self.place + len(pcm)
-        if side == 0:
-            for word, begin, end in words(text, start / RATE, self.place / RATE):
+            start = self.place = self.frame * FRAME
+            begins.append(start / RATE)
+            pcm = load(find(self.bank, MOSHI_VOICE, piece))
+            self.sides[0].append((start, pcm))
+            self.place += len(pcm)
+            for word, begin, end in words(piece, start / RATE, self.place / RATE):
                 # A little inside its frame: rounded down it would be said a frame too early.
                 times = [round(begin + 0.004, 3), round(end, 3)]
                 self.alignments.append([word, times, "SPEAKER_MAIN"])
+        self.place = self.frame * FRAME
+        return tuple(begins)
 
     def stereo(self, frames: int, noise: bool = True) -> np.ndarray:
         """Float32 `[frames * FRAME, 2]`: left the model, right the user, with some noise."""
@@ -240,18 +239,14 @@ def chat(talk: Talk, frames: int, mix: Mix, facts=_known_facts) -> None:
 
 
 def recital(talk: Talk, frames: int) -> None:
-    """The model recites decks of two to four facts, each told twice in a new order.
-
-    Denser than any talk: to learn how to say things, and to look up what was said.
-    """
+    """The model says facts and its part of small talk, one after another."""
     rng = talk.rng
     while talk.frame < frames:
-        keys = rng.sample(KEYS, rng.randint(2, 4))
-        deck = [_known_facts(rng, key) for key in keys]
-        for _ in range(2):
-            rng.shuffle(deck)
-            for fact in deck:
-                talk.recite(fact)
+        if rng.random() < 0.15:
+            talk.recite(None, (rng.choice(SMALL_TALK).moshi,))
+        else:
+            fact = rng.choice(KNOWN_FACTS)
+            talk.recite(fact, answered(fact))
 
 
 def _chatter(rng: random.Random, keys: Sequence[str]) -> Iterator[Callable[[Talk], None]]:
@@ -270,16 +265,17 @@ def _chatter(rng: random.Random, keys: Sequence[str]) -> Iterator[Callable[[Talk
 
 
 def tape(talk: Talk, frames: int) -> None:
-    """One turn of the user after another, each fact and question as likely as any, and no answers."""
-    rng, talk.mute = talk.rng, True
+    """One turn of the user after another, as likely as any that his voice has, and no answers."""
+    rng, talk.mute, user = talk.rng, True, talk.user
+    facts = [fact for fact in KNOWN_FACTS if fact.key in user.keys and fact.value in user.values]
     while talk.frame < frames:
         kind = rng.random()
-        if kind < 0.6:
-            talk.tell(rng.choice(KNOWN_FACTS))
+        if kind < 0.65:
+            talk.tell(rng.choice(facts))
         elif kind < 0.9:
-            talk.ask(rng.choice(KNOWN_FACTS))
+            talk.ask(Fact(rng.choice(user.asks), ""))
         else:
-            talk.small(rng.choice(SMALL_TALK))
+            talk.small(rng.choice(user.small))
 
 
 def scripted(talk: Talk, events: Sequence[tuple[int, Fact, bool]]) -> None:
