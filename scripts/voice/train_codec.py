@@ -1,6 +1,6 @@
 """Train the small Mimi: an autoencoder on the bank, in PyTorch with Kyutai's own modules.
 
-    python -m voice.train_codec BANK OUT.safetensors [--steps 2000]                      (in scripts/)
+    python -m voice.train_codec BANK OUT.safetensors [--steps 4000]                      (in scripts/)
     python -m voice.train_codec BANK OUT.safetensors --decoder-of CODEC.safetensors
 
 Kyutai publishes Mimi's modules with the training side of its quantizer (residual VQ, straight-through
@@ -407,7 +407,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bank", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--decoder-of", type=Path, help="a codec whose codes are kept")
