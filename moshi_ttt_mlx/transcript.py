@@ -173,7 +173,7 @@ class Transcript:
     def to_srt(self) -> str:
         """SubRip subtitles. The format has no escapes: text goes in as it is."""
         cues = [
-            f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{_named(name, text)}\n"
+            f"{number}\n{_exact(start, ',')} --> {_exact(end, ',')}\n{_named(name, text)}\n"
             for number, (start, end, name, text) in enumerate(self._cues(), 1)
         ]
         return "\n".join(cues)
@@ -183,7 +183,7 @@ class Transcript:
         cues = ["WEBVTT\n"]
         for start, end, name, text in self._cues():
             voice = f"<v {_escape(name)}>" if name else ""
-            cues.append(f"{_clock(start, '.')} --> {_clock(end, '.')}\n{voice}{_escape(text)}\n")
+            cues.append(f"{_exact(start, '.')} --> {_exact(end, '.')}\n{voice}{_escape(text)}\n")
         return "\n".join(cues)
 
     def _cues(self) -> list[tuple[float, float, str, str]]:
@@ -302,7 +302,14 @@ def _named(name: str, text: str) -> str:
     return f"{name}: {text}" if name else text
 
 
-def _clock(seconds: float, point: str) -> str:
+def clock(seconds: float) -> str:
+    """``M:SS``, or ``H:MM:SS``."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _exact(seconds: float, point: str) -> str:
     """``HH:MM:SS`` and milliseconds after ``point``; hours take as many digits as they need."""
     total_minutes, milliseconds = divmod(round(seconds * 1000), 60_000)
     hours, minutes = divmod(total_minutes, 60)

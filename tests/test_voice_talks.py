@@ -132,7 +132,9 @@ def test_a_fact_that_nobody_said_is_put_together_of_two_halves(bank):
 
 
 def test_a_faster_voice_is_higher_and_cut_at_the_same_word(bank):
-    fact = next(f for f in KNOWN_FACTS if find(bank, USER, f"Remember, my {f.key} is {f.value}.").exists())
+    fact = next(
+        f for f in KNOWN_FACTS if find(bank, USER, f"Remember, my {f.key} is {f.value}.").exists()
+    )
     plain, fast = (Voice(bank, USER, rate).tells(fact, random.Random(5)) for rate in (1.0, 1.25))
     assert len(fast.pcm) == pytest.approx(len(plain.pcm) / 1.25, rel=1e-3)
     assert fast.cut == pytest.approx(plain.cut / 1.25, rel=1e-2)

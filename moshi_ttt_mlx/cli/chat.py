@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..keep import Keeper
 from ..live import MAX_WAIT_SECONDS, Ended, Noted, Ready, Said, Saved, Status, Talk, Warned
 from ..session_store import session_label, session_path
-from ..transcript import FORMATS
+from ..transcript import FORMATS, clock
 from .common import (
     DEMO_NOTE,
     add_model_arguments,
@@ -33,7 +33,7 @@ from .common import (
     load_user_stt,
     open_session,
 )
-from .screen import clock, make_screen
+from .screen import make_screen
 
 REFRESH_SECONDS = 0.125
 

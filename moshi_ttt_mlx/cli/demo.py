@@ -12,9 +12,9 @@ import time
 from rich.console import Console
 
 from ..errors import UserError
+from ..transcript import clock
 from .common import add_model_arguments, load_model, progress_bar
 from .demo_screen import Page
-from .screen import clock
 
 ON, OFF, ALONE = "with memory", "without memory", "Moshi"
 PICTURE = "demo.png"

@@ -8,8 +8,7 @@ from rich.text import Text
 
 from ..demo.record import Record
 from ..demo.story import CHANCE, Left, Passage, Question
-from ..transcript import NAMES, USER, Word
-from .screen import clock
+from ..transcript import NAMES, USER, Word, clock
 
 WIDEST = 120
 """Columns beyond which two columns are too far apart to compare."""

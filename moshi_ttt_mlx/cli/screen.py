@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ..audio import FRAME_MS
 from ..live import MemoryStatus, Status
-from ..transcript import NAMES
+from ..transcript import NAMES, clock
 from .keys import Keys, foreground_terminal
 
 PAUSE_SECONDS = 2.0
@@ -22,13 +22,6 @@ KEYS = {"m": "mute", "p": "pause", "s": "save", "q": "quit"}
 
 _BAR_CELLS = 8
 _BAR_FLOOR_DB = -56.0
-
-
-def clock(seconds: float) -> str:
-    """``M:SS``, or ``H:MM:SS``."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class PlainScreen:

@@ -15,8 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..session_store import SessionInfo, SessionStore, last_words, memory_norms
-from ..transcript import NAMES
-from .screen import clock
+from ..transcript import NAMES, clock
 
 LAST_WORDS = 60
 _WIDE = 200  # columns where no terminal sets a limit

@@ -162,7 +162,10 @@ def _learner(args: argparse.Namespace, settings, model):
     adapter = model.memory
     if settings.phase == "base":
         if adapter is not None:
-            raise UserError("--phase base trains a model without memory: leave out --adapter-path")
+            raise UserError(
+                f"--phase base trains a model without memory, and {model.name} has one: "
+                "--adapter-path none leaves it out"
+            )
         adapter = Adapter(_memory_config(args, model.lm.cfg), {})
     elif adapter is None:
         mx.random.seed(settings.seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..audio import FRAME_SECONDS
-from ..transcript import NAMES, USER
+from ..transcript import NAMES, USER, clock
 from .record import Record
 from .story import CHANCE, Passage, Question
 
@@ -63,7 +63,7 @@ def _place(figure, heights: list[float]) -> list:
 
 def _title(record: Record) -> str:
     asked = [question for question in record.questions if question.beyond]
-    lines = [f"{_clock(record.seconds)} of talk, a window of {record.window.seconds:.1f} s"]
+    lines = [f"{clock(round(record.seconds))} of talk, a window of {record.window.seconds:.1f} s"]
     if asked:
         right = [f"{sum(q.right[run] for q in asked)} {run}" for run in record.runs]
         chance = f"{CHANCE * len(asked):.1f} by chance"
@@ -72,11 +72,6 @@ def _title(record: Record) -> str:
             + ", ".join([*right, chance])
         )
     return "\n".join(lines)
-
-
-def _clock(seconds: float, _position: int | None = None) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02}"
 
 
 # -- the talk --------------------------------------------------------------------------------------
@@ -109,7 +104,7 @@ def _times(axes, every: float) -> None:
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     axes.xaxis.set_major_locator(MultipleLocator(every))
-    axes.xaxis.set_major_formatter(FuncFormatter(_clock))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: clock(round(seconds))))
     axes.tick_params(axis="x", labelsize=6, length=2, pad=1)
     axes.tick_params(axis="y", pad=3)
 

@@ -71,7 +71,7 @@ def user_sentences(voice: str) -> list[str]:
         return [*map(asked, KEYS), *small, *(" ".join(told(fact)) for fact in FACTS)]
     rng = random.Random(voice)
     keys = rng.sample(KEYS, len(KEYS))
-    values = [v for v in rng.sample(ALL_VALUES, len(ALL_VALUES))]
+    values = rng.sample(ALL_VALUES, len(ALL_VALUES))
     facts = [Fact(keys[i % len(keys)], value) for i, value in enumerate(values[:TOLD])]
     told_facts = [fact for fact in facts if fact not in HELD_OUT_FACTS]
     return [

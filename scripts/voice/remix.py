@@ -20,10 +20,9 @@ import numpy as np
 from rich.progress import track
 
 from moshi_ttt_mlx.train.data import NOTHING, find_shards, write_shard
-from moshi_ttt_mlx.train.interleave import PADDING
 
 from .talks import FRAME, RATE, REPLY_AFTER, Mix, chat
-from .world import KNOWN_FACTS, Exchange, Fact
+from .world import Exchange, Fact
 
 # As far as the base looks back, and some farther, or it would take every question for one of what it
 # sees; the memory's share of questions lies beyond.

@@ -328,7 +328,7 @@ class Autoencoder(nn.Module):
         self.spectral = SpectralLoss()
 
     def quantize_first(self, share: float) -> None:
-        """How often the first codebook's output is a code: less at first, so that there is one to find."""
+        """How often the first codebook's output is a code: seldom while there is none to find."""
         self.mimi.quantizer.rvq_first.no_quantization_rate = 1 - share
 
     def forward(self, pcm: Tensor, phonemes: Tensor, words: Tensor) -> dict[str, Tensor]:
