@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from voice import talks
 from voice.bank import find, moshi_pieces, slug, training_voices, trimmed, user_sentences
 from voice.clips import Voice, cut_of
-from voice.remix import MADE, PADDING, Library, Remix
+from voice.remix import MADE, Library, Remix
 from voice.talks import FRAME, RATE, REPLY_AFTER, Mix, Talk, chat, probe, recital, scripted, tape
 from voice.world import (
     ALL_VALUES,
@@ -29,7 +29,7 @@ from voice.world import (
     Fact,
 )
 
-from moshi_ttt_mlx.train.interleave import Word, text_stream
+from moshi_ttt_mlx.train.interleave import PADDING, Word, text_stream
 
 USER = "am_adam"
 WHOLE = HELD_OUT_VOICES[0]  # has every sentence
@@ -252,63 +252,80 @@ def test_every_word_of_the_model_is_written_in_the_frame_in_which_it_begins(bank
 # -- remixed talks -----------------------------------------------------------------------------------
 
 
-def library(rng):
-    """Talks in codes: each turn of the user and each word of the model has a code of its own.
+def span(frame, frames):
+    return {"start": frame * FRAME / RATE, "end": (frame + frames) * FRAME / RATE}
 
-    The model's streams are marked by turn too while it listens, as real ones are.
+
+def library():
+    """Tapes and recitals in codes: each key, value and sentence of a user has a code of its own.
+
+    A recital's streams are marked by number: what gives it away.
     """
     made = Library()
     for number, fact in enumerate(FACTS):
-        turns, codes = [], np.full((17, 120), PADDING, np.int32)
-        codes[1:MADE] = 1000 + number  # what gives the turn away
-        for i, kind in enumerate(("tell", "ask", "recite")):
-            begin = 4 + 36 * i
-            reply = begin + (12 if kind != "recite" else 0)
-            codes[MADE:, begin : begin + 12] = KEYS.index(fact.key)
-            if kind == "tell":
-                codes[MADE:, begin + 7 : begin + 12] = 300 + ALL_VALUES.index(fact.value)
-            pieces = [(reply + 4 * j) * FRAME / RATE for j in range(3)]
-            for j, word in enumerate((0, KEYS.index(fact.key), VALUES[fact.key].index(fact.value))):
-                codes[0, reply + 4 * j] = 100 + 20 * j + word
-            end = (reply - REPLY_AFTER) * FRAME / RATE
-            about = {"kind": kind, "key": fact.key, "value": fact.value, "pieces": pieces}
-            about["cut"] = (begin + 7) * FRAME / RATE
-            turns.append(about | {"start": begin * FRAME / RATE, "end": end})
-        turns.append(turns[-1] | {"start": 110 * FRAME / RATE, "end": 112 * FRAME / RATE})
+        key, value = KEYS.index(fact.key), ALL_VALUES.index(fact.value)
+        codes = np.full((17, 130), PADDING, np.int32)
+        turns = {"turns": [], "left_turns": []}
+        for side, streams in (("turns", slice(MADE, 17)), ("left_turns", slice(1, MADE))):
+            codes[streams, 4:11], codes[streams, 11:16] = 300 + key, 400 + value
+            codes[streams, 40:52] = 300 + key
+            about = {"key": fact.key, "value": fact.value}
+            turns[side] = [
+                span(4, 12) | about | {"kind": "tell", "cut": 11 * FRAME / RATE},
+                span(40, 12) | about | {"kind": "ask"},
+                span(80, 20) | {"kind": "rest"},
+                span(110, 12) | {"kind": "rest"},
+            ]
         made.add(codes, turns)
+        codes = np.full((17, 130), PADDING, np.int32)
+        codes[1:MADE] = 1000 + number
+        codes[0, [10, 14, 18]] = 100, 120 + key, 140 + value
+        pieces = [frame * FRAME / RATE for frame in (10, 14, 18)]
+        recited = span(10, -REPLY_AFTER) | about | {"kind": "recite", "pieces": pieces}
+        rest, end = span(40, 20) | {"kind": "rest"}, span(100, 12) | {"kind": "rest"}
+        made.add(codes, {"turns": [recited, rest, end]})
     for number, exchange in enumerate(SMALL_TALK):
         codes = np.full((17, 60), PADDING, np.int32)
-        codes[1:MADE], codes[MADE:, 4:16] = 2000 + number, 50 + number
-        codes[0, 19] = 200 + number
-        turn = {"kind": "talk", "text": exchange.user, "reply": exchange.moshi}
-        turn |= {"start": 4 * FRAME / RATE, "end": 16 * FRAME / RATE}
-        reply = turn | {"kind": "recite", "key": "", "value": ""}
-        made.add(codes, [turn, turn | {"start": 40 * FRAME / RATE, "end": 44 * FRAME / RATE}])
-        made.add(codes, [reply, turn | {"start": 40 * FRAME / RATE, "end": 44 * FRAME / RATE}])
+        codes[MADE:, 4:16] = 500 + number
+        end = span(40, 10) | {"kind": "rest"}
+        turn = span(4, 12) | {"kind": "talk", "text": exchange.user}
+        made.add(codes, {"turns": [turn, end], "left_turns": []})
+        codes[1:MADE], codes[0, 19] = 2000 + number, 200 + number
+        recited = span(19, -REPLY_AFTER) | {"kind": "recite", "key": "", "reply": exchange.moshi}
+        made.add(codes, {"turns": [recited, end]})
     return made
+
+
+def test_a_tape_teaches_from_both_of_its_sides():
+    made = library()
+    assert {len(made.told[fact]) for fact in FACTS} == {2}
+    assert {len(made.keys[key]) for key in KEYS} == {2 * 8}
+    assert {len(made.values[value]) for value in ALL_VALUES} == {2 * 3}
+    assert len(made.silence) == 2 * len(FACTS) and len(made.quiet) == len(FACTS)
+    assert {codes.shape[0] for codes in made.silence} == {8}
+    assert {codes.shape[0] for codes in made.quiet} == {MADE}
 
 
 def test_a_remixed_talk_answers_what_the_user_says():
     rng = random.Random(0)
-    talk = Remix(library(rng), rng)
+    talk = Remix(library(), rng)
     talk._muffled = lambda heard: heard
     for fact in rng.sample(KNOWN_FACTS, 40):
+        key, value = KEYS.index(fact.key), ALL_VALUES.index(fact.value)
         for act in (talk.tell, talk.ask):
             talk.parts.clear()
             act(fact)
             codes = talk.codes(999)
-            said = codes[0][codes[0] >= 100].tolist()
-            value = next(v for v in VALUES.values() if fact.value in v).index(fact.value)
-            assert said == [100, 120 + KEYS.index(fact.key), 140 + value]
+            assert codes[0][codes[0] >= 100].tolist() == [100, 120 + key, 140 + value]
             heard = codes[MADE, : int(np.flatnonzero(codes[0] == 100)[0])]
-            assert KEYS.index(fact.key) in heard
-            values = set(heard[heard >= 300].tolist())
-            assert values == ({300 + ALL_VALUES.index(fact.value)} if act == talk.tell else set())
+            assert set(heard.tolist()) - {PADDING} == (
+                {300 + key, 400 + value} if act == talk.tell else {300 + key}
+            )
 
 
 def test_small_talk_is_answered_beside_silence_from_elsewhere():
     rng = random.Random(3)
-    talk, own = Remix(library(rng), rng), 0
+    talk, own = Remix(library(), rng), 0
     for number, exchange in enumerate(SMALL_TALK * 5):
         talk.parts.clear()
         talk.small(exchange)
@@ -320,7 +337,7 @@ def test_small_talk_is_answered_beside_silence_from_elsewhere():
 
 def test_the_models_own_streams_do_not_tell_which_turn_of_the_user_they_lie_beside():
     rng = random.Random(1)
-    talk = Remix(library(rng), rng)
+    talk = Remix(library(), rng)
     fact, marks = FACTS[5], []
     for _ in range(60):
         talk.parts.clear()
@@ -336,7 +353,7 @@ def test_the_models_own_streams_do_not_tell_which_turn_of_the_user_they_lie_besi
 
 def test_a_remixed_turn_keeps_its_pause_before_the_reply():
     rng = random.Random(2)
-    talk = Remix(library(rng), rng)
+    talk = Remix(library(), rng)
     talk._muffled = lambda heard: heard
     for _ in range(50):
         talk.parts.clear()

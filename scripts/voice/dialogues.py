@@ -19,6 +19,7 @@ from .talks import FRAME, RATE, Talk, recital, tape
 from .world import HELD_OUT_VOICES
 
 PLANS: dict[str, Callable[[Talk, int], None]] = {"recital": recital, "tape": tape}
+DUETS = {"tape"}  # plans of users alone: there is one on each side, for a codec hears both anyway
 RATES = 0.85, 1.17  # of a user's voice
 
 
@@ -28,11 +29,13 @@ def training_voices(bank: Path) -> list[str]:
     return [v for v in voices if v not in HELD_OUT_VOICES]
 
 
-def write(talk: Talk, frames: int, folder: Path, name: str) -> dict:
-    """A talk's two files; its row of the manifest."""
-    pcm = talk.stereo(frames)
+def write(talk: Talk, other: Talk | None, frames: int, folder: Path, name: str) -> dict:
+    """A talk's two files, perhaps with another user on the model's side; its row of the manifest."""
+    pcm, notes = talk.stereo(frames), talk.notes()
     seconds = len(pcm) / RATE
-    notes = talk.notes()
+    if other is not None:
+        pcm[:, 0] = other.stereo(frames)[:, 1]
+        notes["left_turns"] = other.notes()["turns"]
     # What the end cuts off is not said.
     notes["alignments"] = [a for a in notes["alignments"] if a[1][1] <= seconds]
     soundfile.write(folder / f"{name}.flac", pcm, RATE)
@@ -54,9 +57,11 @@ def main() -> None:
     rows = []
     for number in track(range(args.talks), f"{args.plan} talks"):
         rng = random.Random(f"{args.seed} {args.plan} {number}")
-        talk = Talk(args.bank, rng.choice(voices), rng, rate=rng.uniform(*RATES))
-        PLANS[args.plan](talk, args.frames)
-        rows.append(write(talk, args.frames, args.out, f"{args.plan}-{number:04d}"))
+        talks = [None, None]
+        for side in range(1 + (args.plan in DUETS)):
+            talks[side] = Talk(args.bank, rng.choice(voices), rng, rate=rng.uniform(*RATES))
+            PLANS[args.plan](talks[side], args.frames)
+        rows.append(write(*talks, args.frames, args.out, f"{args.plan}-{number:04d}"))
     manifest = args.out / "talks.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     hours = sum(row["duration"] for row in rows) / 3600

@@ -12,7 +12,7 @@ import argparse
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,10 +40,10 @@ KEPT = (2, 4, 8, 8, 8, 8)  # codebooks
 
 
 class Unit(NamedTuple):
-    """A turn of the user with its reply and the pause behind it.
+    """A turn of the user and the pause behind it.
 
     Attributes:
-        codes: int32 `[17, n]`, from the frame before the turn's first.
+        codes: of the user, int32 `[8, n]`, from the frame before the turn's first.
         reply: the frame of `codes` in which the reply begins.
     """
 
@@ -52,57 +52,74 @@ class Unit(NamedTuple):
 
 
 class Library:
-    """Turns by what is said in them, and the model's words by themselves."""
+    """What users say, what the model says, and what either is like while nobody speaks.
+
+    Attributes:
+        told, asked, small: turns of users, by what is said.
+        keys, values: halves of told facts, up to the key and from "is" on.
+        silence: of users, int32 `[8, n]`.
+        words: of the model, text and codes, int32 `[9, n]`; the frame before a word says that one comes.
+        quiet: of the model.
+    """
 
     def __init__(self) -> None:
         self.told: dict[Fact, list[Unit]] = defaultdict(list)
-        # Their halves: up to the key, and from "is" on.
+        self.asked: dict[str, list[Unit]] = defaultdict(list)
+        self.small: dict[str, list[Unit]] = defaultdict(list)
         self.keys: dict[str, list[np.ndarray]] = defaultdict(list)
         self.values: dict[str, list[Unit]] = defaultdict(list)
-        self.asked: dict[str, list[Unit]] = defaultdict(list)
-        self.words: dict[str, list[np.ndarray]] = defaultdict(list)
-        self.small: dict[str, list[Unit]] = defaultdict(list)
         self.silence: list[np.ndarray] = []
+        self.words: dict[str, list[np.ndarray]] = defaultdict(list)
         self.quiet: list[np.ndarray] = []
 
-    def add(self, codes: np.ndarray, turns: list[dict]) -> None:
-        """The turns of one talk: codes `[17, T]`, and its notes."""
-        begins = [round(turn["start"] * RATE) // FRAME - 1 for turn in turns]
-        for turn, begin, stop in zip(turns, begins, [*begins[1:], codes.shape[1]], strict=True):
-            reply = -(-round(turn["end"] * RATE) // FRAME) + REPLY_AFTER - begin
-            unit = Unit(codes[:, max(begin, 0) : stop], reply + min(begin, 0))
-            # The end of a talk may cut its last turn off, and before its first frame there is none.
-            if stop < codes.shape[1] and unit.reply > 0:
-                self._file(turn, unit, begin)
+    def add(self, codes: np.ndarray, notes: dict) -> None:
+        """One talk: codes `[17, T]`, and its notes."""
+        user, other = codes[MADE:], codes[1:MADE]
+        for turn, begin, stop in _spans(notes["turns"], codes.shape[1]):
+            if turn["kind"] == "recite":
+                self._recited(turn, codes[:MADE, begin:stop])
+            elif turn["kind"] == "rest" and "left_turns" not in notes:
+                self.quiet.append(codes[:MADE, begin + 4 : stop])
+            else:
+                self._said(turn, user[:, begin:stop], begin)
+        for turn, begin, stop in _spans(notes.get("left_turns", []), codes.shape[1]):
+            self._said(turn, other[:, begin:stop], begin)
 
-    def _file(self, turn: dict, unit: Unit, begin: int) -> None:
+    def _recited(self, turn: dict, codes: np.ndarray) -> None:
+        if not turn["key"]:
+            self.words[turn["reply"]].append(codes)
+            return
+        begins = [round(second * RATE) // FRAME for second in turn["pieces"]]
+        parts = np.split(codes, [1 + begin - begins[0] for begin in begins[1:]], axis=1)
+        for word, part in zip(("Your", turn["key"], turn["value"]), parts, strict=True):
+            self.words[word].append(part)
+
+    def _said(self, turn: dict, codes: np.ndarray, begin: int) -> None:
+        if turn["kind"] == "rest":
+            self.silence.append(codes[:, 4:])
+            return
+        unit = Unit(codes, -(-round(turn["end"] * RATE) // FRAME) + REPLY_AFTER - begin)
         if turn["kind"] == "talk":
             self.small[turn["text"]].append(unit)
-            return
-        fact = Fact(turn["key"], turn["value"])
-        if turn["kind"] == "recite" and not fact.key:
-            self.words[turn["reply"]].append(unit.codes[:MADE, unit.reply - 1 :])
-            return
-        if turn["kind"] == "recite":
-            # The frame before the first word says that one comes.
-            begins = [round(second * RATE) // FRAME for second in turn["pieces"]]
-            cuts = [1 + begin - begins[0] for begin in begins[1:]]
-            parts = np.split(unit.codes[:MADE, unit.reply - 1 :], cuts, axis=1)
-            for word, part in zip(("Your", *fact), parts, strict=True):
-                self.words[word].append(part)
-            return
-        if turn["kind"] == "tell":
-            self.told[fact].append(unit)
-            cut = round(turn["cut"] * RATE) // FRAME - max(begin, 0)
-            self.keys[fact.key].append(unit.codes[:, :cut])
-            self.values[fact.value].append(Unit(unit.codes[:, cut:], unit.reply - cut))
+        elif turn["kind"] == "ask":
+            self.asked[turn["key"]].append(unit)
         else:
-            self.asked[fact.key].append(unit)
-        if unit.reply > 8:
-            self.quiet.append(unit.codes[:MADE, 4 : unit.reply - 1])
-        # The last frames before the next turn: nobody speaks.
-        if unit.codes.shape[1] > 4:
-            self.silence.append(unit.codes[:, -3:-1])
+            self.told[Fact(turn["key"], turn["value"])].append(unit)
+            cut = round(turn["cut"] * RATE) // FRAME - begin
+            self.keys[turn["key"]].append(codes[:, :cut])
+            self.values[turn["value"]].append(Unit(codes[:, cut:], unit.reply - cut))
+
+
+def _spans(turns: list[dict], frames: int) -> Iterator[tuple[dict, int, int]]:
+    """Turns with their first frame, one before they begin, and the next turn's.
+
+    The end of a talk may cut its last turn off, and before its first frame there is none.
+    """
+    begins = [round(turn["start"] * RATE) // FRAME - 1 for turn in turns]
+    for number, (turn, begin) in enumerate(zip(turns, begins, strict=True)):
+        stop = begins[number + 1] if number + 1 < len(begins) else frames
+        if begin >= 0 and stop < frames:
+            yield turn, begin, stop
 
 
 class Remix:
@@ -112,8 +129,8 @@ class Remix:
         self.library, self.rng, self.parts, self.frame = library, rng, [], 0
 
     def pause(self, frames: float) -> None:
-        for _ in range(int(frames) // 2):
-            self._put(self.rng.choice(self.library.silence))
+        frames = int(frames)
+        self._put(np.concatenate([self._quiet(frames), self._silence(frames)]))
 
     def tell(self, fact: Fact) -> None:
         units = self.library.told[fact]
@@ -140,17 +157,23 @@ class Remix:
         words = [self.rng.choice(self.library.words[word]) for word in reply]
         spoken = user.codes[:, self._tempo(user.reply - 1)]
         made = np.concatenate([self._quiet(spoken.shape[1]), *words], axis=1)
-        heard = np.concatenate([spoken, user.codes[:, user.reply - 1 :]], axis=1)[MADE:]
-        heard = self._muffled(heard)
-        while heard.shape[1] < made.shape[1]:
-            heard = np.concatenate([heard, heard[:, -3:]], axis=1)
+        tail = user.codes[:, user.reply - 1 :]
+        silence = self._silence(made.shape[1])
+        heard = self._muffled(np.concatenate([spoken, tail, silence], axis=1))
         self._put(np.concatenate([made, heard[:, : made.shape[1]]]))
         self.pause(self.rng.uniform(2, 8))
 
     def _quiet(self, frames: int) -> np.ndarray:
         """The model's streams while it listens: from anywhere, or they would tell which turn it is."""
-        quiet = self.rng.choice(self.library.quiet)
-        return np.tile(quiet, -(-frames // quiet.shape[1]))[:, :frames]
+        return self._some(self.library.quiet, frames)
+
+    def _silence(self, frames: int) -> np.ndarray:
+        """The user's streams while nobody speaks."""
+        return self._some(self.library.silence, frames)
+
+    def _some(self, pieces: list[np.ndarray], frames: int) -> np.ndarray:
+        piece = self.rng.choice(pieces)
+        return np.tile(piece, -(-frames // piece.shape[1]))[:, :frames]
 
     def _tempo(self, frames: int) -> list[int]:
         """Frames of a turn with some left out and some twice, but for those just before the reply."""
@@ -181,7 +204,7 @@ def read_library(pairs: list[tuple[Path, Path]]) -> Library:
     for talks, shards in pairs:
         for shard in find_shards(shards):
             notes = talks / Path(shard.meta["source"]).with_suffix(".json").name
-            library.add(shard.codes(), json.loads(notes.read_text())["turns"])
+            library.add(shard.codes(), json.loads(notes.read_text()))
     return library
 
 

@@ -35,7 +35,7 @@ from .world import (
 FRAME = 1920  # samples
 REPLY_AFTER = 3  # frames
 ASKING = 26  # frames from where a question begins to where the value is said, about
-Kind = Literal["tell", "ask", "talk", "recite"]
+Kind = Literal["tell", "ask", "talk", "recite", "rest"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,12 @@ class Talk:
         turn = Turn(start, before, "recite", "", " ".join(pieces), begins, key, value)
         self.turns.append(turn)
         self.pause(self.rng.randint(0, 2))
+
+    def rest(self, frames: int) -> None:
+        """Nobody speaks."""
+        start = self.place / RATE
+        self.pause(frames)
+        self.turns.append(Turn(start, self.place / RATE, "rest", "", "", ()))
 
     def _turn(
         self,
@@ -242,8 +248,11 @@ def recital(talk: Talk, frames: int) -> None:
     """The model says facts and its part of small talk, one after another."""
     rng = talk.rng
     while talk.frame < frames:
-        if rng.random() < 0.15:
+        kind = rng.random()
+        if kind < 0.15:
             talk.recite(None, (rng.choice(SMALL_TALK).moshi,))
+        elif kind < 0.3:
+            talk.rest(rng.randint(10, 40))
         else:
             fact = rng.choice(KNOWN_FACTS)
             talk.recite(fact, answered(fact))
@@ -270,12 +279,14 @@ def tape(talk: Talk, frames: int) -> None:
     facts = [fact for fact in KNOWN_FACTS if fact.key in user.keys and fact.value in user.values]
     while talk.frame < frames:
         kind = rng.random()
-        if kind < 0.65:
+        if kind < 0.6:
             talk.tell(rng.choice(facts))
-        elif kind < 0.9:
+        elif kind < 0.83:
             talk.ask(Fact(rng.choice(user.asks), ""))
-        else:
+        elif kind < 0.92:
             talk.small(rng.choice(user.small))
+        else:
+            talk.rest(rng.randint(10, 50))
 
 
 def scripted(talk: Talk, events: Sequence[tuple[int, Fact, bool]]) -> None:
