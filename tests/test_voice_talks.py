@@ -256,6 +256,9 @@ def span(frame, frames):
     return {"start": frame * FRAME / RATE, "end": (frame + frames) * FRAME / RATE}
 
 
+LEFT = 5000  # added to the codes of a tape's left user
+
+
 def library():
     """Tapes and recitals in codes: each key, value and sentence of a user has a code of its own.
 
@@ -266,9 +269,12 @@ def library():
         key, value = KEYS.index(fact.key), ALL_VALUES.index(fact.value)
         codes = np.full((17, 130), PADDING, np.int32)
         turns = {"turns": [], "left_turns": []}
-        for side, streams in (("turns", slice(MADE, 17)), ("left_turns", slice(1, MADE))):
-            codes[streams, 4:11], codes[streams, 11:16] = 300 + key, 400 + value
-            codes[streams, 40:52] = 300 + key
+        for side, streams, mark in (
+            ("turns", slice(MADE, 17), 0),
+            ("left_turns", slice(1, MADE), LEFT),
+        ):
+            codes[streams, 4:11], codes[streams, 11:16] = mark + 300 + key, mark + 400 + value
+            codes[streams, 40:52] = mark + 300 + key
             about = {"key": fact.key, "value": fact.value}
             turns[side] = [
                 span(4, 12) | about | {"kind": "tell", "cut": 11 * FRAME / RATE},
@@ -299,6 +305,9 @@ def library():
 def test_a_tape_teaches_from_both_of_its_sides():
     made = library()
     assert {len(made.told[fact]) for fact in FACTS} == {2}
+    for unit in (unit for units in made.told.values() for unit in units):
+        assert unit.codes.shape[0] == 8 and len({code // LEFT for code in unit.codes[:, 4]}) == 1
+    assert {int(u.codes[0, 4]) // LEFT for u in made.told[FACTS[0]]} == {0, 1}
     assert {len(made.keys[key]) for key in KEYS} == {2 * 8}
     assert {len(made.values[value]) for value in ALL_VALUES} == {2 * 3}
     assert len(made.silence) == 2 * len(FACTS) and len(made.quiet) == len(FACTS)
@@ -318,7 +327,7 @@ def test_a_remixed_talk_answers_what_the_user_says():
             codes = talk.codes(999)
             assert codes[0][codes[0] >= 100].tolist() == [100, 120 + key, 140 + value]
             heard = codes[MADE, : int(np.flatnonzero(codes[0] == 100)[0])]
-            assert set(heard.tolist()) - {PADDING} == (
+            assert {code % LEFT for code in heard.tolist()} - {PADDING} == (
                 {300 + key, 400 + value} if act == talk.tell else {300 + key}
             )
 
@@ -338,7 +347,7 @@ def test_small_talk_is_answered_beside_silence_from_elsewhere():
 def test_the_models_own_streams_do_not_tell_which_turn_of_the_user_they_lie_beside():
     rng = random.Random(1)
     talk = Remix(library(), rng)
-    fact, marks = FACTS[5], []
+    fact, marks, origins = FACTS[5], [], set()
     for _ in range(60):
         talk.parts.clear()
         talk.tell(fact)
@@ -347,8 +356,10 @@ def test_the_models_own_streams_do_not_tell_which_turn_of_the_user_they_lie_besi
         # Before the reply, under its first word and under the key: of this fact's talk as seldom as
         # of any other's.
         key = int(np.flatnonzero(codes[0] == 120 + KEYS.index(fact.key))[0])
+        origins.add(int(codes[1, key]))
         marks.append([codes[1, 0] == 1005, codes[1, reply] == 1005, codes[1, key] == 1005])
     assert (np.mean(marks, axis=0) < [0.1, 0.1, 0.35]).all()
+    assert len(origins) == 8  # every recital of the key
 
 
 def test_a_remixed_turn_keeps_its_pause_before_the_reply():
