@@ -80,7 +80,7 @@ class Voice:
         """A fact: as it was said in one breath if it was, else of two halves."""
         whole = find(self.bank, self.name, " ".join(told(fact)))
         heads, tails = self.keys[fact.key], self.values[fact.value]
-        if whole in heads and (rng.random() < 0.5 or len(heads) * len(tails) == 1):
+        if whole in heads and rng.random() < 0.5:
             heads = tails = [whole]
         head, tail = rng.choice(heads), rng.choice(tails)
         first, second = load(head)[: cut_of(head)], load(tail)[cut_of(tail) :]

@@ -23,6 +23,7 @@ import random
 import re
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -163,8 +164,10 @@ class Labels:
     @staticmethod
     def _word_ends(said: list[tuple[str, int]]) -> list[int]:
         """Samples at which words end: the last letter before anything else."""
-        letters = [s.isalpha() for s, _ in said] + [False]
-        return [end for (_, end), now, then in zip(said, letters, letters[1:]) if now and not then]  # noqa: B905
+        letters = pairwise([*(s.isalpha() for s, _ in said), False])
+        return [
+            end for (_, end), (now, then) in zip(said, letters, strict=True) if now and not then
+        ]
 
 
 def read_clips(bank: Path, labels: Labels, seed: int) -> tuple[list[Clip], list[Clip]]:

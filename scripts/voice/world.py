@@ -27,7 +27,6 @@ VALUES = {
 }
 KEYS = tuple(VALUES)
 ALL_VALUES = NAMES + NUMBERS + COLOURS + PLACES
-CHANCE = 1 / 8  # of who knows the kind of a key; of all values it is 1 / 32
 
 
 class Exchange(NamedTuple):
@@ -72,7 +71,7 @@ KNOWN_FACTS = tuple(
 
 
 def told(fact: Fact) -> tuple[str, str]:
-    """How the user tells a fact: two pieces, with a breath between."""
+    """How the user tells a fact: up to the key, and the value."""
     return f"Remember, my {fact.key}", f"is {fact.value}."
 
 
