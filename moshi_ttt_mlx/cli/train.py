@@ -74,6 +74,12 @@ def _add_training_arguments(group) -> None:
         "--audio", default=1.0, **share, help="weight of all codebooks; 0 learns from words alone"
     )
     group.add_argument(
+        "--lately",
+        default=0.0,
+        **share,
+        help="weight of a second loss, where the base learns: half-way up it names the words said last",
+    )
+    group.add_argument(
         "--no-recompute",
         dest="recompute",
         action="store_false",
@@ -176,7 +182,7 @@ def _learner(args: argparse.Namespace, settings, model):
         adapter,
         settings.phase,
         Attention(settings.window, settings.sinks),
-        LossWeights(settings.text_padding, settings.first_codebook, settings.audio),
+        LossWeights(settings.text_padding, settings.first_codebook, settings.audio, settings.lately),
         settings.recompute,
     )
 

@@ -34,11 +34,13 @@ class LossWeights:
         text_padding: of a text token that nobody says, beside one that somebody does.
         first_codebook: of the first codebook (it carries the words), beside each of the others.
         audio: of all codebooks together, beside text; 0 learns from text alone.
+        lately: of the second loss, see `lately.py`; only where the base learns.
     """
 
     text_padding: float = 0.5
     first_codebook: float = 100.0
     audio: float = 1.0
+    lately: float = 0.0
 
 
 def prepare(lm: Lm) -> None:
@@ -142,7 +144,7 @@ def stream_sums(nll: mx.array, targets: mx.array, config: LmConfig) -> mx.array:
     return mx.stack([mx.sum(nll * told, axis=(0, 2)), mx.sum(told, axis=(0, 2))])
 
 
-def _nll(logits: mx.array, targets: mx.array, told: mx.array) -> mx.array:
+def nll_of(logits: mx.array, targets: mx.array, told: mx.array) -> mx.array:
     """Of targets `[...]` under logits `[..., V]`, in float32; 0 where nothing was told."""
     logits = wide(logits)
     chosen = mx.take_along_axis(logits, mx.where(told, targets, 0)[..., None], axis=-1)[..., 0]
@@ -157,7 +159,7 @@ def hidden_states(lm: Lm, inputs: mx.array, run_layers: Callable[[mx.array], mx.
 def text_losses(lm: Lm, hidden: mx.array, targets: mx.array) -> mx.array:
     """`[B, 1, T]` of hidden states `[B, T, D]` and targets `[B, 1 + K, T]`."""
     told = counts(targets[:, :1], lm.cfg)[:, 0]
-    return _nll(lm.text_linear(hidden), targets[:, 0], told)[:, None]
+    return nll_of(lm.text_linear(hidden), targets[:, 0], told)[:, None]
 
 
 def audio_losses(lm: Lm, hidden: mx.array, targets: mx.array) -> mx.array:
@@ -175,7 +177,7 @@ def audio_losses(lm: Lm, hidden: mx.array, targets: mx.array) -> mx.array:
     for i, piece in enumerate(lm.depformer.slices):
         xs = piece.linear_in(frames) + embed(piece.emb, tokens[:, i : i + 1])
         logits = piece.linear_out(piece.transformer(xs, cache=caches))
-        losses.append(_nll(logits[:, 0], tokens[:, i + 1], told[:, i + 1]))
+        losses.append(nll_of(logits[:, 0], tokens[:, i + 1], told[:, i + 1]))
     return mx.stack(losses, axis=1).reshape(b, t, -1).swapaxes(1, 2)
 
 

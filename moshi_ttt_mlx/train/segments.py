@@ -28,6 +28,7 @@ from moshi_mlx.modules.transformer import LayerCache
 from ..errors import UserError
 from ..layers import MemoryAttention, make_memory_cache
 from ..surgery import Adapter
+from .lately import Lately
 from .loss import (
     LossWeights,
     audio_losses,
@@ -44,7 +45,8 @@ from .loss import (
 Phase = Literal["memory", "all", "base"]
 PHASES = get_args(Phase)
 Params = dict[str, dict]
-"""Parameter trees by group, float32: `memory`, and in phases `all` and `base` also `base`."""
+"""Parameter trees by group, float32: `memory`, in phases `all` and `base` also `base`, and there with
+`LossWeights.lately` its head, `lately`."""
 
 # The depformer's activations of so many frames are kept at a time; frames know nothing of each other.
 DEPFORMER_FRAMES = 128
@@ -151,6 +153,7 @@ class Learner:
         if phase != "memory":
             _refuse_quantized(lm)
             lm.unfreeze()
+        self.lately = Lately(lm.cfg.transformer.d_model, lm.cfg.text_out_vocab_size)
         self._base_dtypes = tree_map(lambda a: a.dtype, lm.trainable_parameters())
 
     def parameters(self) -> Params:
@@ -161,7 +164,13 @@ class Learner:
         params = {"memory": self.adapter.trainable_parameters()}
         if self.phase != "memory":
             params["base"] = self.lm.trainable_parameters()
+        if self._looks_back:
+            params["lately"] = self.lately.trainable_parameters()
         return tree_map(lambda a: a if a.dtype == mx.float64 else a.astype(mx.float32), params)
+
+    @property
+    def _looks_back(self) -> bool:
+        return self.phase != "memory" and self.weights.lately > 0
 
     def install(self, params: Params) -> None:
         """Let the modules compute with these parameters, the base in its own dtype."""
@@ -169,6 +178,8 @@ class Learner:
         if self.phase != "memory":
             cast = tree_map(lambda a, d: a.astype(d), params["base"], self._base_dtypes)
             self.lm.update(cast)
+        if self._looks_back:
+            self.lately.update(params["lately"])
 
     def total(self, targets: mx.array) -> mx.array:
         """What the losses of these targets are divided by, if they are the whole batch: `[2]`."""
@@ -222,10 +233,12 @@ class Learner:
     def _run(self, params, carried, inputs, targets, total) -> Segment:
         self.install(params)
         caches = self._caches(carried, inputs.shape[0])
-        arrays, meta = [{}] * len(caches), [{}] * len(caches)
+        arrays, meta, between = [{}] * len(caches), [{}] * len(caches), []
 
         def layers(xs):
             for i, cache in enumerate(caches):
+                if i == len(caches) // 2:
+                    between.append(xs)
                 xs, arrays[i], meta[i] = self._layer(i, cache, xs)
             return xs
 
@@ -234,8 +247,12 @@ class Learner:
         nll = self._losses(hidden, targets)
         weights = target_weights(targets, self.lm.cfg, self.weights)
         known = mx.stop_gradient(nll)
+        loss = weighted_loss(nll, weights, total, self.weights.audio)
+        if self._looks_back:
+            lately = weights[:, 0] * self.lately.losses(between[0], inputs[:, 0])
+            loss += self.weights.lately * mx.sum(lately) / mx.maximum(total[0], 1e-6)
         return Segment(
-            weighted_loss(nll, weights, total, self.weights.audio),
+            loss,
             stream_sums(known, targets, self.lm.cfg),
             weighted_sums(known, weights),
             Carried(arrays, meta),

@@ -47,7 +47,7 @@ class Settings:
         clip: largest norm of the gradient.
         weight_decay: decoupled, times the rate.
         gate_speed: rate of the gates over `memory_rate`, see `Optimizer`.
-        text_padding, first_codebook, audio: see `loss.LossWeights`.
+        text_padding, first_codebook, audio, lately: see `loss.LossWeights`.
         recompute: layers again in the backward pass, rather than their inner results in memory.
         seed: of the memory's first weights and of the order of talks.
     """
@@ -68,6 +68,7 @@ class Settings:
     text_padding: float = 0.5
     first_codebook: float = 100.0
     audio: float = 1.0
+    lately: float = 0.0
     recompute: bool = True
     seed: int = 0
 
@@ -89,8 +90,8 @@ class Settings:
     @property
     def rates(self) -> dict[str, float]:
         """Full rate by group of parameters."""
-        base = {} if self.phase == "memory" else {"base": self.base_rate}
-        return {"memory": self.memory_rate} | base
+        base = () if self.phase == "memory" else ("base", "lately") if self.lately else ("base",)
+        return {"memory": self.memory_rate} | dict.fromkeys(base, self.base_rate)
 
 
 class Losses(NamedTuple):
@@ -292,7 +293,9 @@ class Trainer:
         if {n: a.shape for n, a in params.items()} != {n: a.shape for n, a in known.items()}:
             raise UserError("the checkpoint is of another memory or phase: use another --out")
         # In the order that they were in: sums over all of them depend on it.
-        self.params = tree_unflatten([(name, params[name]) for name in known])
+        found = tree_unflatten([(name, params[name]) for name in known])
+        # A group without parameters (the memory, in phase `base`) leaves no name behind.
+        self.params = {group: found.get(group, {}) for group in self.params}
         self.optimizer.load(under("optimizer.", arrays), self.params, meta["step"])
         self.learner.install(self.params)
         self._begin_batch(meta["batch"])

@@ -20,23 +20,29 @@ import numpy as np
 from rich.progress import track
 
 from moshi_ttt_mlx.train.data import NOTHING, find_shards, write_shard
+from moshi_ttt_mlx.train.interleave import PADDING
 
-from .talks import FRAME, RATE, REPLY_AFTER, Mix, chat
+from .talks import FRAME, RATE, REPLY_AFTER, Deck, Mix, chat, deck
 from .world import Exchange, Fact
 
 # As far as the base looks back, and some farther, or it would take every question for one of what it
 # sees; the memory's share of questions lies beyond.
-MIXES = {
+PLANS = {
+    "deck": Deck(facts=(2, 4)),
+    "far_deck": Deck(facts=(5, 8)),
+    "hasty_deck": Deck(facts=(3, 9), p_tell=0.0, p_ask=0.0),
     "near": Mix(far=(100, 170), p_near=0.85),
     "warm": Mix(far=(60, 230), p_near=0.2, p_fact=0.6, p_pause=0.05, again=0.7, most=5),
     "far": Mix(far=(90, 420), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7),
 }
+HASTE = ((0.0, 0.0), (0.3, 0.05), (0.7, 0.1), (1.0, 0.3))
+ECHO = 0.7
 MADE = 9  # streams of the model: text and its codebooks
 WHOLE = 0.4  # share of facts that are told as they were in some talk
 # Of what the user says, so that it is not learned by heart either.
 TEMPO = 0.04  # chance of a frame to be left out, or to come twice
 HOLES = 0.06  # chance of a code to be missing
-KEPT = (2, 4, 8, 8, 8, 8)  # codebooks
+KEPT = (1, 1, 2, 4, 8, 8)  # codebooks
 
 
 class Unit(NamedTuple):
@@ -123,10 +129,20 @@ def _spans(turns: list[dict], frames: int) -> Iterator[tuple[dict, int, int]]:
 
 
 class Remix:
-    """A talk in codes, with the methods of `talks.Talk` that `talks.chat` uses."""
+    """A talk in codes, with the methods of `talks.Talk` that `talks.chat` and `talks.deck` use.
 
-    def __init__(self, library: Library, rng: random.Random):
-        self.library, self.rng, self.parts, self.frame = library, rng, [], 0
+    Args:
+        library: of turns.
+        rng: chooses among them.
+        haste: of the model's own facts only so few frames are left besides key and value: a share of
+            those in which another word begins, and of those in which none does. Without sound then.
+    """
+
+    def __init__(
+        self, library: Library, rng: random.Random, haste: tuple[float, float] | None = None
+    ):
+        self.library, self.rng, self.haste = library, rng, haste
+        self.parts, self.frame = [], 0
 
     def pause(self, frames: float) -> None:
         frames = int(frames)
@@ -152,11 +168,38 @@ class Remix:
     def ask(self, fact: Fact) -> None:
         self._answer(self.rng.choice(self.library.asked[fact.key]), ("Your", *fact))
 
-    def _answer(self, user: Unit, reply: Sequence[str]) -> None:
+    def recite(self, fact: Fact, pieces: Sequence[str]) -> None:
+        """The model says a fact of itself; `pieces` as `talks.Talk` takes them are not needed here."""
+        said = self._said(("Your", *fact))
+        made = np.concatenate(said, axis=1)
+        if self.haste:
+            made = np.where(np.arange(MADE)[:, None], NOTHING, made)[:, self._hasty(said)]
+        self._put(np.concatenate([made, self._silence(made.shape[1])]))
+        self.pause(0 if self.haste else self.rng.randint(0, 3))
+
+    def _hasty(self, said: list[np.ndarray]) -> list[int]:
+        """Which frames of a fact to keep; key and value are the first ones of their parts.
+
+        Often the key comes once more behind the value: what has to be said there is learned at once,
+        and then a value knows its key, without which nothing can be looked up.
+        """
+        words, rest = self.haste
+        kept, frame = [], 0
+        for number, part in enumerate(said):
+            for within, token in enumerate(part[0]):
+                share = rest if token == PADDING else words
+                if (number and not within) or self.rng.random() < share:
+                    kept.append(frame)
+                frame += 1
+        return kept + [said[0].shape[1]] * (self.rng.random() < ECHO)
+
+    def _said(self, reply: Sequence[str]) -> list[np.ndarray]:
         # Each word from another talk: what surrounds it must not tell the next one.
-        words = [self.rng.choice(self.library.words[word]) for word in reply]
+        return [self.rng.choice(self.library.words[word]) for word in reply]
+
+    def _answer(self, user: Unit, reply: Sequence[str]) -> None:
         spoken = user.codes[:, self._tempo(user.reply - 1)]
-        made = np.concatenate([self._quiet(spoken.shape[1]), *words], axis=1)
+        made = np.concatenate([self._quiet(spoken.shape[1]), *self._said(reply)], axis=1)
         tail = user.codes[:, user.reply - 1 :]
         silence = self._silence(made.shape[1])
         heard = self._muffled(np.concatenate([spoken, tail, silence], axis=1))
@@ -214,7 +257,7 @@ def main() -> None:
         "--from", dest="sources", nargs=2, type=Path, action="append", required=True
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--plan", choices=MIXES, required=True)
+    parser.add_argument("--plan", choices=PLANS, required=True)
     parser.add_argument("--talks", type=int, default=1000)
     parser.add_argument("--frames", type=int, default=768)
     parser.add_argument("--seed", type=int, default=0)
@@ -223,8 +266,11 @@ def main() -> None:
     print(f"{sum(map(len, library.told.values()))} facts told, {len(library.told)} different ones")
 
     for number in track(range(args.talks), args.plan):
-        talk = Remix(library, random.Random(f"{args.seed} {args.plan} {number}"))
-        chat(talk, args.frames, MIXES[args.plan])
+        rng = random.Random(f"{args.seed} {args.plan} {number}")
+        haste = rng.choice(HASTE) if args.plan == "hasty_deck" else None
+        talk = Remix(library, rng, haste)
+        plan = PLANS[args.plan]
+        (deck if isinstance(plan, Deck) else chat)(talk, args.frames, plan)
         name = f"{args.plan}-{args.seed}-{number:05d}"
         write_shard(args.out / f"{name}.safetensors", talk.codes(args.frames), {"source": name})
 

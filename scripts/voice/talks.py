@@ -244,6 +244,41 @@ def chat(talk: Talk, frames: int, mix: Mix, facts=_known_facts) -> None:
             talk.small(rng.choice(SMALL_TALK))
 
 
+@dataclass(frozen=True)
+class Deck:
+    """What a denser talk is made of: some facts, said again and again in new orders, then others.
+
+    In talks of the other kind a fact is asked once in a hundred frames; here nearly every frame is
+    about one that was said before, so looking it up is learned some ten times sooner.
+
+    Args:
+        facts: at a time, fewest and most.
+        again: how often each is said after the first time.
+        p_tell: share of facts that the user tells first; the others the model says of itself.
+        p_ask: share of those said again that the user asks for.
+    """
+
+    facts: tuple[int, int]
+    again: int = 3
+    p_tell: float = 0.15
+    p_ask: float = 0.05
+
+
+def deck(talk: Talk, frames: int, plan: Deck, facts=_known_facts) -> None:
+    """One deck of facts after another, until `frames` are full."""
+    rng = talk.rng
+    while talk.frame < frames:
+        keys = rng.sample(KEYS, rng.randint(*plan.facts))
+        chosen = [facts(rng, key) for key in keys]
+        for number in range(1 + plan.again):
+            rng.shuffle(chosen)
+            for fact in chosen:
+                if rng.random() < (plan.p_ask if number else plan.p_tell):
+                    (talk.ask if number else talk.tell)(fact)
+                else:
+                    talk.recite(fact, answered(fact))
+
+
 def recital(talk: Talk, frames: int) -> None:
     """The model says facts and its part of small talk, one after another."""
     rng = talk.rng
