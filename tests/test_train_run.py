@@ -20,9 +20,10 @@ from test_train_loss import talk
 
 from moshi_ttt_mlx.errors import UserError
 from moshi_ttt_mlx.memory import MemoryConfig
-from moshi_ttt_mlx.surgery import add_memory, load_adapter
+from moshi_ttt_mlx.surgery import Adapter, add_memory, load_adapter
 from moshi_ttt_mlx.train import checkpoint
 from moshi_ttt_mlx.train.data import find_shards, write_shard
+from moshi_ttt_mlx.train.loss import LossWeights
 from moshi_ttt_mlx.train.optimizer import Optimizer, Schedule
 from moshi_ttt_mlx.train.plan import Plan, cuts, read_batch
 from moshi_ttt_mlx.train.run import Run, read_log
@@ -55,12 +56,13 @@ def whole(tmp_path_factory, shards):
 def make_trainer(shards, settings=SETTINGS, **overrides):
     lm = test_generate.build(**overrides)
     mx.random.seed(settings.seed)
-    adapter = add_memory(lm, MEMORY)
+    adapter = Adapter(MEMORY, {}) if settings.phase == "base" else add_memory(lm, MEMORY)
     learner = Learner(
         lm,
         adapter,
         settings.phase,
         Attention(settings.window, settings.sinks),
+        LossWeights(lately=settings.lately),
         recompute=settings.recompute,
     )
     return Trainer(learner, shards, settings, Together())

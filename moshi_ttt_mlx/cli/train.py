@@ -165,6 +165,7 @@ def _learner(args: argparse.Namespace, settings, model):
 
     if args.adapter_path and (args.layers or args.memory_config):
         raise UserError("--adapter-path brings its own memory: leave out --layers, --memory-config")
+    mx.random.seed(settings.seed)
     adapter = model.memory
     if settings.phase == "base":
         if adapter is not None:
@@ -174,7 +175,6 @@ def _learner(args: argparse.Namespace, settings, model):
             )
         adapter = Adapter(_memory_config(args, model.lm.cfg), {})
     elif adapter is None:
-        mx.random.seed(settings.seed)
         adapter = add_memory(model.lm, _memory_config(args, model.lm.cfg))
         mx.eval(adapter.parameters())
     return Learner(
@@ -182,7 +182,9 @@ def _learner(args: argparse.Namespace, settings, model):
         adapter,
         settings.phase,
         Attention(settings.window, settings.sinks),
-        LossWeights(settings.text_padding, settings.first_codebook, settings.audio, settings.lately),
+        LossWeights(
+            settings.text_padding, settings.first_codebook, settings.audio, settings.lately
+        ),
         settings.recompute,
     )
 

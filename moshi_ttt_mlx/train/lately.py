@@ -5,7 +5,8 @@ cat before it?). On the usual loss alone a small model finds out about either ha
 other, and stays on a plateau for thousands of updates (Olsson et al. 2022, arXiv 2209.11895: induction
 heads, which form at once or not at all); taught by itself the first half is found in a hundred.
 
-What lives here: the head, which is thrown away after training, and its loss.
+What lives here: the head, which is thrown away after training, and its loss. What does not: where it
+is added (`segments.py`).
 """
 
 import mlx.core as mx
@@ -58,7 +59,8 @@ class Lately(nn.Module):
         self.head = nn.Linear(width, WORDS * vocabulary)
 
     def __call__(self, xs: mx.array) -> mx.array:
-        return self.head(xs).reshape(*xs.shape[:2], WORDS, self._vocabulary)
+        logits = xs @ self.head.weight.T + self.head.bias  # nn.Linear has no float64 on CPU
+        return logits.reshape(*xs.shape[:2], WORDS, self._vocabulary)
 
     def losses(self, xs: mx.array, text: mx.array) -> mx.array:
         """Of each frame, the mean over the words there were: `[B, T]` in nats; `text` is `[B, T]`."""

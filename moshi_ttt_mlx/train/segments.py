@@ -153,7 +153,9 @@ class Learner:
         if phase != "memory":
             _refuse_quantized(lm)
             lm.unfreeze()
-        self.lately = Lately(lm.cfg.transformer.d_model, lm.cfg.text_out_vocab_size)
+        self.lately = None
+        if phase != "memory" and weights.lately:
+            self.lately = Lately(lm.cfg.transformer.d_model, lm.cfg.text_out_vocab_size)
         self._base_dtypes = tree_map(lambda a: a.dtype, lm.trainable_parameters())
 
     def parameters(self) -> Params:
@@ -164,13 +166,9 @@ class Learner:
         params = {"memory": self.adapter.trainable_parameters()}
         if self.phase != "memory":
             params["base"] = self.lm.trainable_parameters()
-        if self._looks_back:
+        if self.lately:
             params["lately"] = self.lately.trainable_parameters()
         return tree_map(lambda a: a if a.dtype == mx.float64 else a.astype(mx.float32), params)
-
-    @property
-    def _looks_back(self) -> bool:
-        return self.phase != "memory" and self.weights.lately > 0
 
     def install(self, params: Params) -> None:
         """Let the modules compute with these parameters, the base in its own dtype."""
@@ -178,7 +176,7 @@ class Learner:
         if self.phase != "memory":
             cast = tree_map(lambda a, d: a.astype(d), params["base"], self._base_dtypes)
             self.lm.update(cast)
-        if self._looks_back:
+        if self.lately:
             self.lately.update(params["lately"])
 
     def total(self, targets: mx.array) -> mx.array:
@@ -248,7 +246,7 @@ class Learner:
         weights = target_weights(targets, self.lm.cfg, self.weights)
         known = mx.stop_gradient(nll)
         loss = weighted_loss(nll, weights, total, self.weights.audio)
-        if self._looks_back:
+        if self.lately:
             lately = weights[:, 0] * self.lately.losses(between[0], inputs[:, 0])
             loss += self.weights.lately * mx.sum(lately) / mx.maximum(total[0], 1e-6)
         return Segment(

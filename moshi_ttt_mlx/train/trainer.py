@@ -81,8 +81,9 @@ class Settings:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.window is not None and not 0 <= self.sinks < self.window:
             raise UserError(f"window {self.window} must be above 0 and above sinks {self.sinks}")
-        if not 0 <= self.audio < math.inf:
-            raise UserError(f"audio must be at least 0, got {self.audio}")
+        for name in ("audio", "lately"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         rows = self.micro_batch or self.batch
         if rows < 1 or self.batch % rows:
             raise UserError(f"micro_batch {rows} does not divide a batch of {self.batch}")

@@ -14,6 +14,8 @@ import mlx.core as mx
 
 from moshi_ttt_mlx.surgery import CONFIG_NAME, WEIGHTS_NAME
 
+from .model import codec_config
+
 MEMORY = "memory"
 
 
@@ -31,6 +33,7 @@ def main() -> None:
     mx.set_default_device(mx.cpu)
     (args.out / MEMORY).mkdir(parents=True, exist_ok=True)
     config = json.loads((args.start / "config.json").read_text())
+    config["mimi_config"] = codec_config(args.mimi)
     config |= {"memory_path": MEMORY, "lm_gen_config": {"temp": 0.0, "temp_text": 0.0}}
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.copy(args.start / "tokenizer.model", args.out)

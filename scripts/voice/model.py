@@ -16,10 +16,10 @@ from pathlib import Path
 import mlx.core as mx
 import sentencepiece
 from mlx.utils import tree_flatten
-from moshi_mlx.models import Lm, LmConfig, MimiConfig
+from moshi_mlx.models import Lm, LmConfig
 from moshi_mlx.models.mimi import mimi_202407
 
-from moshi_ttt_mlx.codec import mimi_config_from_dict, mimi_config_to_dict
+from moshi_ttt_mlx.codec import mimi_config_to_dict
 
 from .world import FACTS, KEYS, SMALL_TALK, answered, asked, told
 
@@ -27,14 +27,19 @@ CODEBOOKS, BINS = 8, 256
 WINDOW = 96  # frames: 7.7 s
 
 
-def codec_config() -> MimiConfig:
-    """Kyutai's frame and window, smaller and cheaper in the rest; as `train_codec.mimi_config`."""
+def codec_config(mimi: Path) -> dict:
+    """Kyutai's frame and window, smaller and cheaper in the rest; as `train_codec.mimi_config`.
+
+    Args:
+        mimi: its weights, with residual units or without.
+    """
+    units = any(".block." in name for name in mx.load(str(mimi)))
     config = mimi_config_to_dict(mimi_202407(CODEBOOKS))
     config["seanet"] |= {
         "nfilters": 16,
         "dimension": 192,
         "ratios": [4, 5, 6, 8],
-        "nresidual_layers": 0,
+        "nresidual_layers": int(units),
     }
     config["transformer"] |= {
         "d_model": 192,
@@ -42,10 +47,10 @@ def codec_config() -> MimiConfig:
         "num_layers": 4,
         "dim_feedforward": 768,
     }
-    return mimi_config_from_dict(config | {"quantizer_bins": BINS, "quantizer_dim": 64})
+    return config | {"quantizer_bins": BINS, "quantizer_dim": 64}
 
 
-def config(pieces: int) -> dict:
+def config(pieces: int, mimi: Path) -> dict:
     """`config.json`, as hibiki's repositories write it."""
     delays = [0] + [1] * (CODEBOOKS - 1)
     return {
@@ -78,7 +83,7 @@ def config(pieces: int) -> dict:
         "moshi_name": "model.safetensors",
         "mimi_name": "mimi.safetensors",
         "tokenizer_name": "tokenizer.model",
-        "mimi_config": mimi_config_to_dict(codec_config()),
+        "mimi_config": codec_config(mimi),
     }
 
 
@@ -119,7 +124,7 @@ def main() -> None:
     mx.set_default_device(mx.cpu)
     mx.random.seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    about = config(train_tokenizer(args.out / "tokenizer.model"))
+    about = config(train_tokenizer(args.out / "tokenizer.model"), args.mimi)
     (args.out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     lm = Lm(LmConfig.from_config_dict(about))
     arrays = dict(tree_flatten(lm.parameters()))

@@ -28,6 +28,7 @@ from .world import Exchange, Fact
 # As far as the base looks back, and some farther, or it would take every question for one of what it
 # sees; the memory's share of questions lies beyond.
 PLANS = {
+    "hear": Deck(facts=(2, 4), again=0, p_tell=1.0),
     "deck": Deck(facts=(2, 4)),
     "far_deck": Deck(facts=(5, 8)),
     "hasty_deck": Deck(facts=(3, 9), p_tell=0.0, p_ask=0.0),

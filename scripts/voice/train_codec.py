@@ -14,7 +14,8 @@ one, a frame after its end. The way back to sound sends the first codebook no gr
 nothing to say of voices.
 
 With `--decoder-of` the codes stay as they are, so whoever has learned them need not learn again, and
-only the way back to sound goes on learning.
+only the way back to sound goes on learning. It gets residual units then, which make a voice's harmonics
+and take half of an update; in the encoder, whose layers Mimi shares the shape of, they do nothing.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import json
 import random
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -48,8 +50,12 @@ LOUD = 12.0  # speech is about 0.08 loud where there is some
 SCALES = {256: 32, 512: 48, 1024: 80, 2048: 100}  # FFT length -> mel bands
 
 
-def mimi_config(codebooks: int = 8) -> dict:
-    """Arguments of Kyutai's modules; `model.py` has the same shape for `config.json`."""
+def mimi_config(units: int) -> dict:
+    """Arguments of Kyutai's modules; `model.py` has the same shape for `config.json`.
+
+    Args:
+        units: residual ones of each layer of the encoder and the decoder.
+    """
     dim = 192
     return {
         "channels": 1,
@@ -60,7 +66,7 @@ def mimi_config(codebooks: int = 8) -> dict:
             "dimension": dim,
             "causal": True,
             "n_filters": 16,
-            "n_residual_layers": 0,
+            "n_residual_layers": units,
             "activation": "ELU",
             "compress": 2,
             "dilation_base": 2,
@@ -75,7 +81,7 @@ def mimi_config(codebooks: int = 8) -> dict:
         },
         "quantizer": {
             "dimension": 64,
-            "n_q": codebooks,
+            "n_q": 8,
             "bins": 256,
             "decay": 0.98,
             # As Mimi: half of the time nothing is quantized.
@@ -317,11 +323,12 @@ class Autoencoder(nn.Module):
 
     Args:
         phonemes, words: how many there are, with silence.
+        units: see `mimi_config`.
     """
 
-    def __init__(self, phonemes: int, words: int) -> None:
+    def __init__(self, phonemes: int, words: int, units: int) -> None:
         super().__init__()
-        config = mimi_config()
+        config = mimi_config(units)
         self.mimi = get_mimi(None, config)
         start(self.mimi)
         dim = config["seanet"]["dimension"]
@@ -426,7 +433,8 @@ def main() -> None:
     seconds = sum(len(clip.pcm) for clip in own + users) / SAMPLE_RATE
     sounds, words = 1 + len(labels.phonemes.ids), 1 + len(labels.words.ids)
     print(f"{len(own)} own, {len(users)} of users, {seconds:.0f} s, {sounds} sounds, {words} words")
-    model = Autoencoder(sounds, words).train()
+    units = 1 if args.decoder_of else 0
+    model = Autoencoder(sounds, words, units).train()
     if args.decoder_of:
         load(model.mimi, args.decoder_of)
         model.eval()
@@ -453,7 +461,7 @@ def main() -> None:
             print(f"{step} {line(means)} ({time.time() - begun:.0f} s)", flush=True)
             sums = {}
         if step % 250 == 0 or step == args.steps:
-            save(model.mimi, args.out)
+            save(model.mimi, args.out, units)
             if not args.decoder_of:
                 print(f"  unheard: {line(unheard(model, args.bank, labels))}", flush=True)
 
@@ -466,7 +474,7 @@ def line(losses: dict[str, float]) -> str:
 _OLDER = {"in_projs.0.weight": "in_proj_weight", "out_projs.0.weight": "out_proj.weight"}
 
 
-def save(mimi: nn.Module, path: Path) -> None:
+def save(mimi: nn.Module, path: Path, units: int) -> None:
     """In Kyutai's layout; half precision, which is more than the ear needs."""
     tensors = {}
     for name, tensor in mimi.state_dict().items():
@@ -474,18 +482,41 @@ def save(mimi: nn.Module, path: Path) -> None:
             name = name.replace(new, old)
         tensors[name] = tensor.contiguous().half()
     part = path.with_suffix(".part")
-    save_file(tensors, part, {"config": json.dumps(mimi_config())})
+    save_file(tensors, part, {"config": json.dumps(mimi_config(units))})
     part.rename(path)
 
 
 def load(mimi: nn.Module, path: Path) -> None:
-    """The inverse of `save`."""
+    """The inverse of `save`; residual units that the file does not have add nothing at first."""
     tensors = {}
     for name, tensor in load_file(path).items():
         for new, old in _OLDER.items():
             name = name.replace(f"self_attn.{old}", f"self_attn.{new}")
         tensors[name] = tensor.float()
+    own = mimi.state_dict()
+    if not any(".block." in name for name in tensors):
+        places = _places(own)
+        moved = dict(zip(_places(tensors), places, strict=True))
+        tensors = {_moved(name, moved): tensor for name, tensor in tensors.items()}
+        units = {name: tensor for name, tensor in own.items() if ".block." in name}
+        last = {name: torch.zeros_like(t) for name, t in units.items() if ".block.3." in name}
+        tensors |= units | last
     mimi.load_state_dict(tensors)
+
+
+# Numbers of layers in a sequence, which residual units take part in: "encoder.model.3".
+_PLACE = re.compile(r"(?:encoder|decoder)\.model\.(\d+)")
+
+
+def _places(names: Iterable[str]) -> list[str]:
+    """Places of all but residual units, in order."""
+    found = {m[0]: int(m[1]) for n in names if ".block." not in n and (m := _PLACE.match(n))}
+    return sorted(found, key=lambda place: (place.split(".")[0], found[place]))
+
+
+def _moved(name: str, places: dict[str, str]) -> str:
+    match = _PLACE.match(name)
+    return places[match[0]] + name[match.end() :] if match else name
 
 
 if __name__ == "__main__":
