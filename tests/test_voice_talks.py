@@ -5,6 +5,7 @@ import random
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
@@ -14,8 +15,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from voice import talks
 from voice.bank import find, moshi_pieces, slug, training_voices, trimmed, user_sentences
 from voice.clips import Voice, cut_of
-from voice.remix import MADE, Library, Remix
-from voice.talks import FRAME, RATE, REPLY_AFTER, Mix, Talk, chat, probe, recital, scripted, tape
+from voice.remix import MADE, SIMILAR, Library, Remix, parrot, similar_codes
+from voice.talks import (
+    FRAME,
+    RATE,
+    REPLY_AFTER,
+    Deck,
+    Mix,
+    Talk,
+    chat,
+    deck,
+    probe,
+    recital,
+    scripted,
+    tape,
+)
 from voice.world import (
     ALL_VALUES,
     FACTS,
@@ -29,6 +43,7 @@ from voice.world import (
     Fact,
 )
 
+from moshi_ttt_mlx.train.data import NOTHING
 from moshi_ttt_mlx.train.interleave import PADDING, Word, text_stream
 
 USER = "am_adam"
@@ -302,6 +317,11 @@ def library():
     return made
 
 
+def remixed(rng, **how):
+    """A talk in which a code is near itself alone."""
+    return Remix(library(), rng, np.repeat(np.arange(2 * LEFT)[:, None], SIMILAR, axis=1), **how)
+
+
 def test_a_tape_teaches_from_both_of_its_sides():
     made = library()
     assert {len(made.told[fact]) for fact in FACTS} == {2}
@@ -317,7 +337,7 @@ def test_a_tape_teaches_from_both_of_its_sides():
 
 def test_a_remixed_talk_answers_what_the_user_says():
     rng = random.Random(0)
-    talk = Remix(library(), rng)
+    talk = remixed(rng)
     talk._muffled = lambda heard: heard
     for fact in rng.sample(KNOWN_FACTS, 40):
         key, value = KEYS.index(fact.key), ALL_VALUES.index(fact.value)
@@ -334,7 +354,7 @@ def test_a_remixed_talk_answers_what_the_user_says():
 
 def test_small_talk_is_answered_beside_silence_from_elsewhere():
     rng = random.Random(3)
-    talk, own = Remix(library(), rng), 0
+    talk, own = remixed(rng), 0
     for number, exchange in enumerate(SMALL_TALK * 5):
         talk.parts.clear()
         talk.small(exchange)
@@ -346,7 +366,7 @@ def test_small_talk_is_answered_beside_silence_from_elsewhere():
 
 def test_the_models_own_streams_do_not_tell_which_turn_of_the_user_they_lie_beside():
     rng = random.Random(1)
-    talk = Remix(library(), rng)
+    talk = remixed(rng)
     fact, marks, origins = FACTS[5], [], set()
     for _ in range(60):
         talk.parts.clear()
@@ -364,7 +384,7 @@ def test_the_models_own_streams_do_not_tell_which_turn_of_the_user_they_lie_besi
 
 def test_a_remixed_turn_keeps_its_pause_before_the_reply():
     rng = random.Random(2)
-    talk = Remix(library(), rng)
+    talk = remixed(rng)
     talk._muffled = lambda heard: heard
     for _ in range(50):
         talk.parts.clear()
@@ -373,3 +393,97 @@ def test_a_remixed_turn_keeps_its_pause_before_the_reply():
         reply = int(np.flatnonzero(codes[0] == 100)[0])
         spoken = codes[MADE, : reply - REPLY_AFTER]
         assert 6 <= len(spoken) <= 18
+
+
+def facts_said(text):
+    """Keys and values in a row of text, in order, as facts."""
+    said = [t for t in text.tolist() if 120 <= t < 200]
+    keys, values = said[::2], said[1::2]
+    assert all(k < 140 <= v for k, v in zip(keys, values, strict=True))
+    return [Fact(KEYS[k - 120], ALL_VALUES[v - 140]) for k, v in zip(keys, values, strict=True)]
+
+
+@pytest.mark.parametrize("haste", [None, (0.0, 0.0), (0.5, 0.2)])
+def test_a_deck_says_each_fact_again_before_others_come(haste):
+    for seed in range(5):
+        talk = remixed(random.Random(seed), haste=haste)
+        deck(talk, 900, Deck(facts=(3, 5), again=2, p_tell=0.0, p_ask=0.0))
+        facts, orders = facts_said(np.concatenate(talk.parts, axis=1)[0]), set()
+        while facts:
+            count = next(n for n in (3, 4, 5) if set(facts[:n]) == set(facts[n : 2 * n]))
+            rounds = [facts[i * count : (i + 1) * count] for i in range(3)]
+            assert {frozenset(some) for some in rounds} == {frozenset(facts[:count])}
+            orders |= {tuple(some) for some in rounds}
+            facts = facts[3 * count :]
+        assert len(orders) > 4
+
+
+def test_what_the_model_says_of_itself_lies_beside_a_silent_user():
+    talk = remixed(random.Random(0))
+    talk.recite(FACTS[7], ())
+    codes = talk.codes(99)
+    assert (codes[MADE:] == PADDING).all() and (codes[1] >= 1000).any()
+
+
+def test_haste_keeps_key_and_value_and_no_sound():
+    talk = remixed(random.Random(0), haste=(0.0, 0.0))
+    for fact in FACTS[:5]:
+        talk.recite(fact, ())
+    codes = talk.codes(99)
+    assert codes.shape[1] == 10 and (codes[1:MADE] == NOTHING).all()
+    assert facts_said(codes[0]) == list(FACTS[:5])
+
+
+def test_a_deck_with_users_tells_first_and_asks_later():
+    talk = remixed(random.Random(1))
+    talk._muffled = lambda heard: heard
+    deck(talk, 600, Deck(facts=(2, 3), again=1, p_tell=1.0, p_ask=1.0))
+    codes = np.concatenate(talk.parts, axis=1)
+    heard, known, last = codes[MADE] % LEFT, set(), 0
+    for fact, at in zip(facts_said(codes[0]), np.flatnonzero(codes[0] >= 140), strict=True):
+        said = {400 + ALL_VALUES.index(fact.value)} & set(heard[last:at].tolist())
+        assert said if fact not in known else not said  # a question does not tell
+        known, last = known | {fact}, at
+    assert len(known) > 6
+
+
+def test_a_parrot_says_the_value_that_it_heard():
+    talk = remixed(random.Random(2))
+    talk._muffled = lambda heard: heard
+    parrot(talk, 300)
+    codes = np.concatenate(talk.parts, axis=1)
+    replies = np.flatnonzero(codes[0] >= 140)
+    assert len(replies) > 8
+    heard = codes[MADE] % LEFT
+    for before, at in zip([0, *replies], replies, strict=False):
+        said = set(heard[before:at].tolist()) - {PADDING}
+        assert said == {400 + int(codes[0, at]) - 140}
+
+
+def test_another_voice_says_the_same_with_codes_near_by():
+    near = np.arange(2 * LEFT)[:, None] + np.arange(1, 1 + SIMILAR)
+    talk = Remix(library(), random.Random(3), near)
+    heard = np.full((8, 4000), 50, np.int32)
+    heard[:, :2000] = NOTHING
+    first = talk._muffled(heard)[0]
+    assert (first[:2000] == NOTHING).all()
+    kinds, counts = np.unique(first[2000:], return_counts=True)
+    assert set(kinds) == {NOTHING, 50, *range(51, 51 + SIMILAR)}
+    others = counts[kinds > 50].sum() / counts[kinds >= 50].sum()
+    assert others == pytest.approx(0.15, abs=0.03)
+
+
+def test_similar_codes_are_the_nearest_of_the_first_codebook(tmp_path):
+    usage = np.arange(1, 9, dtype=np.float32)
+    places = np.array([0, 10, 1, 30, 2, 50, 3, 4], np.float32)
+    book = "quantizer.rvq_first.vq.layers.0._codebook"
+    tensors = {
+        f"{book}.cluster_usage": mx.array(usage),
+        f"{book}.embedding_sum": mx.array(np.stack([places, places], axis=1) * usage[:, None]),
+        "quantizer.rvq_rest.vq.layers.0._codebook.cluster_usage": mx.zeros(8),
+    }
+    mx.save_safetensors(str(tmp_path / "mimi.safetensors"), tensors)
+    near = similar_codes(tmp_path / "mimi.safetensors")
+    assert near.shape == (8, SIMILAR)
+    assert near[0].tolist() == [2, 4, 6, 7, 1]
+    assert near[5].tolist() == [3, 1, 7, 6, 4]

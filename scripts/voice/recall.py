@@ -97,10 +97,10 @@ def words_after(model: Model, tokens: np.ndarray, turn: Turn) -> str:
 
 
 def is_right(said: str, turn: Turn) -> bool:
-    """Whether the first sentence names key and value."""
+    """Whether the first sentence is the answer, after what may be left of the one before."""
     if turn.kind == "talk":
         return said.startswith(turn.reply)
-    return said.split(".")[0].split()[-1:] == [turn.value]
+    return said.split(".")[0].endswith(f"{turn.key} is {turn.value}")
 
 
 def answers(

@@ -12,10 +12,12 @@ import argparse
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import mlx.core as mx
 import numpy as np
 from rich.progress import track
 
@@ -23,27 +25,17 @@ from moshi_ttt_mlx.train.data import NOTHING, find_shards, write_shard
 from moshi_ttt_mlx.train.interleave import PADDING
 
 from .talks import FRAME, RATE, REPLY_AFTER, Deck, Mix, chat, deck
-from .world import Exchange, Fact
+from .world import ALL_VALUES, Exchange, Fact
 
-# As far as the base looks back, and some farther, or it would take every question for one of what it
-# sees; the memory's share of questions lies beyond.
-PLANS = {
-    "hear": Deck(facts=(2, 4), again=0, p_tell=1.0),
-    "deck": Deck(facts=(2, 4)),
-    "far_deck": Deck(facts=(5, 8)),
-    "hasty_deck": Deck(facts=(3, 9), p_tell=0.0, p_ask=0.0),
-    "near": Mix(far=(100, 170), p_near=0.85),
-    "warm": Mix(far=(60, 230), p_near=0.2, p_fact=0.6, p_pause=0.05, again=0.7, most=5),
-    "far": Mix(far=(90, 420), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7),
-}
 HASTE = ((0.0, 0.0), (0.3, 0.05), (0.7, 0.1), (1.0, 0.3))
-ECHO = 0.7
 MADE = 9  # streams of the model: text and its codebooks
 WHOLE = 0.4  # share of facts that are told as they were in some talk
 # Of what the user says, so that it is not learned by heart either.
 TEMPO = 0.04  # chance of a frame to be left out, or to come twice
 HOLES = 0.06  # chance of a code to be missing
 KEPT = (1, 1, 2, 4, 8, 8)  # codebooks
+OTHER, SIMILAR = 0.15, 5  # chance of another code of the first codebook, one of so many near ones
+FIRST = "rvq_first.vq.layers.0"  # where that is, in a codec's file
 
 
 class Unit(NamedTuple):
@@ -135,14 +127,19 @@ class Remix:
     Args:
         library: of turns.
         rng: chooses among them.
+        similar: of `similar_codes`.
         haste: of the model's own facts only so few frames are left besides key and value: a share of
             those in which another word begins, and of those in which none does. Without sound then.
     """
 
     def __init__(
-        self, library: Library, rng: random.Random, haste: tuple[float, float] | None = None
+        self,
+        library: Library,
+        rng: random.Random,
+        similar: np.ndarray,
+        haste: tuple[float, float] | None = None,
     ):
-        self.library, self.rng, self.haste = library, rng, haste
+        self.library, self.rng, self.similar, self.haste = library, rng, similar, haste
         self.parts, self.frame = [], 0
 
     def pause(self, frames: float) -> None:
@@ -179,11 +176,7 @@ class Remix:
         self.pause(0 if self.haste else self.rng.randint(0, 3))
 
     def _hasty(self, said: list[np.ndarray]) -> list[int]:
-        """Which frames of a fact to keep; key and value are the first ones of their parts.
-
-        Often the key comes once more behind the value: what has to be said there is learned at once,
-        and then a value knows its key, without which nothing can be looked up.
-        """
+        """Which frames of a fact to keep; key and value are the first ones of their parts."""
         words, rest = self.haste
         kept, frame = [], 0
         for number, part in enumerate(said):
@@ -192,11 +185,15 @@ class Remix:
                 if (number and not within) or self.rng.random() < share:
                     kept.append(frame)
                 frame += 1
-        return kept + [said[0].shape[1]] * (self.rng.random() < ECHO)
+        return kept
 
     def _said(self, reply: Sequence[str]) -> list[np.ndarray]:
         # Each word from another talk: what surrounds it must not tell the next one.
         return [self.rng.choice(self.library.words[word]) for word in reply]
+
+    def repeat(self, value: str) -> None:
+        """The user says no more than "is Bella.", and the model the value."""
+        self._answer(self.rng.choice(self.library.values[value]), (value,))
 
     def _answer(self, user: Unit, reply: Sequence[str]) -> None:
         spoken = user.codes[:, self._tempo(user.reply - 1)]
@@ -228,11 +225,16 @@ class Remix:
         return kept
 
     def _muffled(self, heard: np.ndarray) -> np.ndarray:
-        """Often without the last codebooks, and with holes: the words are in the first ones."""
-        heard = heard.copy()
+        """As another voice might say it, often without the last codebooks, and with holes.
+
+        The words are in the first codebook, where one voice's code for a sound is near another's.
+        """
+        heard, rng = heard.copy(), np.random.default_rng(self.rng.randrange(1 << 30))
+        other = rng.random(heard.shape[1]) < OTHER
+        near = self.similar[heard[0], rng.integers(0, SIMILAR, heard.shape[1])]
+        heard[0] = np.where(other & (heard[0] >= 0), near, heard[0])
         heard[self.rng.choice(KEPT) :] = NOTHING
-        holes = np.random.default_rng(self.rng.randrange(1 << 30)).random(heard.shape) < HOLES
-        return np.where(holes, NOTHING, heard)
+        return np.where(rng.random(heard.shape) < HOLES, NOTHING, heard)
 
     def _put(self, codes: np.ndarray) -> None:
         self.parts.append(codes)
@@ -240,6 +242,36 @@ class Remix:
 
     def codes(self, frames: int) -> np.ndarray:
         return np.concatenate(self.parts, axis=1)[:, :frames]
+
+
+def parrot(talk: Remix, frames: int) -> None:
+    """The user says values, and the model each of them after him: hearing, as dense as it can be."""
+    while talk.frame < frames:
+        talk.repeat(talk.rng.choice(ALL_VALUES))
+
+
+PLANS: dict[str, Callable[[Remix, int], None]] = {
+    "hasty": partial(deck, plan=Deck(facts=(3, 9), p_tell=0.0, p_ask=0.0)),
+    "parrot": parrot,
+    "hear": partial(deck, plan=Deck(facts=(2, 4), again=0, p_tell=1.0)),
+    "deck": partial(deck, plan=Deck(facts=(2, 4))),
+    "far_deck": partial(deck, plan=Deck(facts=(5, 8))),
+    # As far as the base looks back, and some farther, or it would take every question for one of what
+    # it sees; the memory's share of questions lies beyond.
+    "near": partial(chat, mix=Mix(far=(100, 170), p_near=0.85)),
+    "far": partial(
+        chat, mix=Mix(far=(90, 420), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7)
+    ),
+}
+
+
+def similar_codes(mimi: Path) -> np.ndarray:
+    """For each code of the first codebook those nearest to it, int32 `[codes, SIMILAR]`."""
+    found = {n.rpartition(".")[2]: np.array(a) for n, a in mx.load(str(mimi)).items() if FIRST in n}
+    usage = np.maximum(found["cluster_usage"].astype(np.float64), 1e-5)
+    vectors = found["embedding_sum"].astype(np.float64) / usage[:, None]
+    distances = np.square(vectors[:, None] - vectors[None]).sum(axis=-1)
+    return np.argsort(distances, axis=1)[:, 1 : 1 + SIMILAR].astype(np.int32)
 
 
 def read_library(pairs: list[tuple[Path, Path]]) -> Library:
@@ -257,21 +289,24 @@ def main() -> None:
     parser.add_argument(
         "--from", dest="sources", nargs=2, type=Path, action="append", required=True
     )
+    parser.add_argument("mimi", type=Path, help="the codec whose codes they are")
     parser.add_argument("out", type=Path)
     parser.add_argument("--plan", choices=PLANS, required=True)
     parser.add_argument("--talks", type=int, default=1000)
     parser.add_argument("--frames", type=int, default=768)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    library = read_library([tuple(pair) for pair in args.sources])
+    library, similar = (
+        read_library([tuple(pair) for pair in args.sources]),
+        similar_codes(args.mimi),
+    )
     print(f"{sum(map(len, library.told.values()))} facts told, {len(library.told)} different ones")
 
     for number in track(range(args.talks), args.plan):
         rng = random.Random(f"{args.seed} {args.plan} {number}")
-        haste = rng.choice(HASTE) if args.plan == "hasty_deck" else None
-        talk = Remix(library, rng, haste)
-        plan = PLANS[args.plan]
-        (deck if isinstance(plan, Deck) else chat)(talk, args.frames, plan)
+        haste = rng.choice(HASTE) if args.plan == "hasty" else None
+        talk = Remix(library, rng, similar, haste)
+        PLANS[args.plan](talk, args.frames)
         name = f"{args.plan}-{args.seed}-{number:05d}"
         write_shard(args.out / f"{name}.safetensors", talk.codes(args.frames), {"source": name})
 
