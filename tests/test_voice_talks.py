@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from voice import talks
 from voice.bank import find, moshi_pieces, slug, training_voices, trimmed, user_sentences
 from voice.clips import Voice, cut_of
-from voice.remix import MADE, SIMILAR, Library, Remix, parrot, similar_codes
+from voice.remix import MADE, OTHER, SIMILAR, Library, Remix, parrot, similar_codes
 from voice.talks import (
     FRAME,
     RATE,
@@ -470,7 +470,7 @@ def test_another_voice_says_the_same_with_codes_near_by():
     kinds, counts = np.unique(first[2000:], return_counts=True)
     assert set(kinds) == {NOTHING, 50, *range(51, 51 + SIMILAR)}
     others = counts[kinds > 50].sum() / counts[kinds >= 50].sum()
-    assert others == pytest.approx(0.15, abs=0.03)
+    assert others == pytest.approx(OTHER, abs=0.03)
 
 
 def test_similar_codes_are_the_nearest_of_the_first_codebook(tmp_path):

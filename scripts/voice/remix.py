@@ -31,10 +31,10 @@ HASTE = ((0.0, 0.0), (0.3, 0.05), (0.7, 0.1), (1.0, 0.3))
 MADE = 9  # streams of the model: text and its codebooks
 WHOLE = 0.4  # share of facts that are told as they were in some talk
 # Of what the user says, so that it is not learned by heart either.
-TEMPO = 0.04  # chance of a frame to be left out, or to come twice
-HOLES = 0.06  # chance of a code to be missing
+TEMPO = 0.07  # chance of a frame to be left out, or to come twice
+HOLES = 0.08  # chance of a code to be missing
 KEPT = (1, 1, 2, 4, 8, 8)  # codebooks
-OTHER, SIMILAR = 0.15, 5  # chance of another code of the first codebook, one of so many near ones
+OTHER, SIMILAR = 0.25, 5  # chance of another code of the first codebook, one of so many near ones
 FIRST = "rvq_first.vq.layers.0"  # where that is, in a codec's file
 
 
