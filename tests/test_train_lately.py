@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from test_train_run import SETTINGS, assert_same, make_trainer, shards, weights  # noqa: F401
-from test_train_segments import batch, to_float64, walk
+from test_train_segments import FRAMES, batch, to_float64, walk
 
 from moshi_ttt_mlx.memory import MemoryConfig
 from moshi_ttt_mlx.model import NOT_PRINTED
 from moshi_ttt_mlx.surgery import Adapter
 from moshi_ttt_mlx.train.lately import Lately, last_said
-from moshi_ttt_mlx.train.loss import LossWeights
+from moshi_ttt_mlx.train.loss import LossWeights, cut
 from moshi_ttt_mlx.train.run import Run
 from moshi_ttt_mlx.train.segments import Attention, Learner
 
@@ -53,19 +53,18 @@ def base_learner(lately):
     return Learner(lm, nothing, "base", Attention(9), LossWeights(lately=lately))
 
 
-def gradients(lately, **rows):
+def gradients(lately):
     learner = base_learner(lately)
     to_float64(learner.lm, *([learner.lately] if lately else []))
-    line = batch(learner.lm, **rows)
-    return walk(learner, line, [line.shape[2] - 1])[:2]
+    return walk(learner, batch(learner.lm), [FRAMES])[1]
 
 
 def test_only_the_lower_half_learns_from_it():
-    plain, with_it = gradients(0.0)[1], gradients(0.5)[1]
+    plain, with_it = gradients(0.0), gradients(0.5)
     moved = {n for n in plain if not np.allclose(plain[n], with_it[n], rtol=1e-9, atol=1e-12)}
     # Of three layers the first is the lower half; what is above has no part in it.
     below = [n for n in plain if "transformer.layers.0." in n and "depformer" not in n]
-    assert {n for n in below if "cross" not in n} <= moved
+    assert set(below) <= moved
     assert not [n for n in moved if "depformer" in n or "layers.1." in n or "layers.2." in n]
     assert np.abs(with_it["lately.head.weight"]).max() > 0 and "lately.head.weight" not in plain
 
@@ -74,13 +73,12 @@ def test_passes_over_some_rows_add_up_to_all_rows():
     learner = base_learner(0.5)
     to_float64(learner.lm, learner.lately)
     line = batch(learner.lm, rows=4)
-    value, grads, _ = walk(learner, line, [line.shape[2] - 1])
-    total = learner.total(mx.array(line[:, : 1 + learner.lm.cfg.generated_codebooks, 1:]))
-    parts = []
+    value, grads, _ = walk(learner, line, [FRAMES])
+    params, parts = learner.parameters(), []
+    total = learner.total(cut(line, learner.lm.cfg, 0, FRAMES)[1])
     for rows in (line[:1], line[1:]):
-        inputs = mx.array(rows[:, :, :-1])
-        targets = mx.array(rows[:, : 1 + learner.lm.cfg.generated_codebooks, 1:])
-        parts.append(learner.gradients(learner.parameters(), None, inputs, targets, total))
+        some = cut(rows, learner.lm.cfg, 0, FRAMES)
+        parts.append(learner.gradients(params, None, *some, total))
     # In float64, but MLX's exp is accurate to float32 in it (2.6e-7).
     assert sum(part.loss.item() for part, _ in parts) == pytest.approx(value, rel=1e-6)
     for name, want in grads.items():

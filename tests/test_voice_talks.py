@@ -317,9 +317,11 @@ def library():
     return made
 
 
-def remixed(rng, **how):
+def remixed(rng, haste=None):
     """A talk in which a code is near itself alone."""
-    return Remix(library(), rng, np.repeat(np.arange(2 * LEFT)[:, None], SIMILAR, axis=1), **how)
+    talk = Remix(library(), rng, np.repeat(np.arange(2 * LEFT)[:, None], SIMILAR, axis=1))
+    talk.haste = haste
+    return talk
 
 
 def test_a_tape_teaches_from_both_of_its_sides():
@@ -420,7 +422,7 @@ def test_a_deck_says_each_fact_again_before_others_come(haste):
 
 def test_what_the_model_says_of_itself_lies_beside_a_silent_user():
     talk = remixed(random.Random(0))
-    talk.recite(FACTS[7], ())
+    talk.recite(FACTS[7])
     codes = talk.codes(99)
     assert (codes[MADE:] == PADDING).all() and (codes[1] >= 1000).any()
 
@@ -428,7 +430,7 @@ def test_what_the_model_says_of_itself_lies_beside_a_silent_user():
 def test_haste_keeps_key_and_value_and_no_sound():
     talk = remixed(random.Random(0), haste=(0.0, 0.0))
     for fact in FACTS[:5]:
-        talk.recite(fact, ())
+        talk.recite(fact)
     codes = talk.codes(99)
     assert codes.shape[1] == 10 and (codes[1:MADE] == NOTHING).all()
     assert facts_said(codes[0]) == list(FACTS[:5])

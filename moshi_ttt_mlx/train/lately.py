@@ -1,9 +1,9 @@
 """A second loss while a base learns: half-way up, the model can tell which words it said last.
 
 To know what came before is the first half of looking something up ("Your cat is" - which value has a
-cat before it?). On the usual loss alone a small model finds out about either half only when it has the
-other, and stays on a plateau for thousands of updates (Olsson et al. 2022, arXiv 2209.11895: induction
-heads, which form at once or not at all); taught by itself the first half is found in a hundred.
+cat before it?). On the usual loss alone a model finds out about either half only when it has the other:
+induction heads, which form all at once after a plateau (Olsson et al. 2022, arXiv 2209.11895). Taught by
+itself the first half was found in a hundred updates (docs/voice.md).
 
 What lives here: the head, which is thrown away after training, and its loss. What does not: where it
 is added (`segments.py`).
@@ -12,8 +12,7 @@ is added (`segments.py`).
 import mlx.core as mx
 from mlx import nn
 
-from ..model import NOT_PRINTED
-from .loss import nll_of
+from .loss import is_word, nll_of
 
 WORDS = 3  # as many as from a fact's value back to its key: "Your", "cat", "is", "Bella"
 
@@ -30,7 +29,7 @@ def last_said(text: mx.array, words: int, vocabulary: int) -> mx.array:
         int32 `[B, T, words]`, -1 where there were not so many.
     """
     frames = mx.broadcast_to(mx.arange(text.shape[1], dtype=mx.int32), text.shape)
-    said = (text != NOT_PRINTED[0]) & (text != NOT_PRINTED[1]) & (text >= 0) & (text < vocabulary)
+    said = is_word(text) & (text >= 0) & (text < vocabulary)
     last = mx.cummax(mx.where(said, frames, -1), axis=1)
     place, found = frames, []
     for _ in range(words):

@@ -96,11 +96,15 @@ def counts(targets: mx.array, config: LmConfig) -> mx.array:
     return (targets >= 0) & (targets < mx.array(sizes)[None, :, None])
 
 
+def is_word(text: mx.array) -> mx.array:
+    """Which text tokens are no padding: bool, shaped as `text`."""
+    return (text != NOT_PRINTED[0]) & (text != NOT_PRINTED[1])
+
+
 def target_weights(targets: mx.array, config: LmConfig, weights: LossWeights) -> mx.array:
     """How much each target counts: float32 `[B, 1 + K, T]`, 0 for those that are no tokens."""
     text, codes = targets[:, :1], counts(targets, config).astype(mx.float32)
-    unsaid = (text == NOT_PRINTED[0]) | (text == NOT_PRINTED[1])
-    scale = [mx.where(unsaid, weights.text_padding, 1.0)]
+    scale = [mx.where(is_word(text), 1.0, weights.text_padding)]
     for codebook in range(targets.shape[1] - 1):
         share = 1.0 if codebook else weights.first_codebook
         scale.append(mx.full(text.shape, share, dtype=mx.float32))
@@ -138,7 +142,7 @@ def stream_sums(nll: mx.array, targets: mx.array, config: LmConfig) -> mx.array:
     Columns: all text, text that somebody says, then each codebook.
     """
     told = counts(targets, config)
-    said = told[:, :1] & (targets[:, :1] != NOT_PRINTED[0]) & (targets[:, :1] != NOT_PRINTED[1])
+    said = told[:, :1] & is_word(targets[:, :1])
     told = mx.concatenate([told[:, :1], said, told[:, 1:]], axis=1).astype(nll.dtype)
     nll = mx.concatenate([nll[:, :1], nll[:, :1], nll[:, 1:]], axis=1)
     return mx.stack([mx.sum(nll * told, axis=(0, 2)), mx.sum(told, axis=(0, 2))])

@@ -49,7 +49,7 @@ class Settings:
         gate_speed: rate of the gates over `memory_rate`, see `Optimizer`.
         text_padding, first_codebook, audio, lately: see `loss.LossWeights`.
         recompute: layers again in the backward pass, rather than their inner results in memory.
-        seed: of the memory's first weights and of the order of talks.
+        seed: of the first weights of what is new, and of the order of talks.
     """
 
     phase: Phase = "memory"
@@ -91,8 +91,12 @@ class Settings:
     @property
     def rates(self) -> dict[str, float]:
         """Full rate by group of parameters."""
-        base = () if self.phase == "memory" else ("base", "lately") if self.lately else ("base",)
-        return {"memory": self.memory_rate} | dict.fromkeys(base, self.base_rate)
+        rates = {"memory": self.memory_rate}
+        if self.phase != "memory":
+            rates["base"] = self.base_rate
+            if self.lately:
+                rates["lately"] = self.base_rate
+        return rates
 
 
 class Losses(NamedTuple):

@@ -1,6 +1,6 @@
 """New talks out of tokenized ones: their turns in another order, about other facts.
 
-    python -m voice.remix --from TALKS SHARDS OUT --plan near|far [--talks 1000]      (in scripts/)
+    python -m voice.remix --from TALKS SHARDS MIMI OUT --plan near [--talks 1000]      (in scripts/)
 
 A model of this size learned a hundred talks by heart within minutes (each has its own noise) and heard
 nothing. Here no talk comes twice: every turn of the user is taken from some tokenized talk, whatever
@@ -27,6 +27,7 @@ from moshi_ttt_mlx.train.interleave import PADDING
 from .talks import FRAME, RATE, REPLY_AFTER, Deck, Mix, chat, deck
 from .world import ALL_VALUES, Exchange, Fact
 
+# Of a hasty talk, one of these; see `Remix.haste`.
 HASTE = ((0.0, 0.0), (0.3, 0.05), (0.7, 0.1), (1.0, 0.3))
 MADE = 9  # streams of the model: text and its codebooks
 WHOLE = 0.4  # share of facts that are told as they were in some talk
@@ -128,18 +129,15 @@ class Remix:
         library: of turns.
         rng: chooses among them.
         similar: of `similar_codes`.
-        haste: of the model's own facts only so few frames are left besides key and value: a share of
-            those in which another word begins, and of those in which none does. Without sound then.
+
+    Attributes:
+        haste: if set, the model's own facts have no sound, and of their frames besides key and value
+            a share is left: of those in which another word begins, and of those in which none does.
     """
 
-    def __init__(
-        self,
-        library: Library,
-        rng: random.Random,
-        similar: np.ndarray,
-        haste: tuple[float, float] | None = None,
-    ):
-        self.library, self.rng, self.similar, self.haste = library, rng, similar, haste
+    def __init__(self, library: Library, rng: random.Random, similar: np.ndarray):
+        self.library, self.rng, self.similar = library, rng, similar
+        self.haste: tuple[float, float] | None = None
         self.parts, self.frame = [], 0
 
     def pause(self, frames: float) -> None:
@@ -166,8 +164,8 @@ class Remix:
     def ask(self, fact: Fact) -> None:
         self._answer(self.rng.choice(self.library.asked[fact.key]), ("Your", *fact))
 
-    def recite(self, fact: Fact, pieces: Sequence[str]) -> None:
-        """The model says a fact of itself; `pieces` as `talks.Talk` takes them are not needed here."""
+    def recite(self, fact: Fact) -> None:
+        """The model says a fact of itself."""
         said = self._said(("Your", *fact))
         made = np.concatenate(said, axis=1)
         if self.haste:
@@ -250,12 +248,17 @@ def parrot(talk: Remix, frames: int) -> None:
         talk.repeat(talk.rng.choice(ALL_VALUES))
 
 
+def hasty(talk: Remix, frames: int) -> None:
+    """Facts, most of them said before, in few frames: looking up, as dense as it can be."""
+    talk.haste = talk.rng.choice(HASTE)
+    deck(talk, frames, Deck(facts=(3, 9), p_tell=0.0, p_ask=0.0))
+
+
 PLANS: dict[str, Callable[[Remix, int], None]] = {
-    "hasty": partial(deck, plan=Deck(facts=(3, 9), p_tell=0.0, p_ask=0.0)),
+    "hasty": hasty,
     "parrot": parrot,
     "hear": partial(deck, plan=Deck(facts=(2, 4), again=0, p_tell=1.0)),
     "deck": partial(deck, plan=Deck(facts=(2, 4))),
-    "far_deck": partial(deck, plan=Deck(facts=(5, 8))),
     # As far as the base looks back, and some farther, or it would take every question for one of what
     # it sees; the memory's share of questions lies beyond.
     "near": partial(chat, mix=Mix(far=(100, 170), p_near=0.85)),
@@ -296,16 +299,12 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=768)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    library, similar = (
-        read_library([tuple(pair) for pair in args.sources]),
-        similar_codes(args.mimi),
-    )
+    library = read_library([tuple(pair) for pair in args.sources])
+    similar = similar_codes(args.mimi)
     print(f"{sum(map(len, library.told.values()))} facts told, {len(library.told)} different ones")
 
     for number in track(range(args.talks), args.plan):
-        rng = random.Random(f"{args.seed} {args.plan} {number}")
-        haste = rng.choice(HASTE) if args.plan == "hasty" else None
-        talk = Remix(library, rng, similar, haste)
+        talk = Remix(library, random.Random(f"{args.seed} {args.plan} {number}"), similar)
         PLANS[args.plan](talk, args.frames)
         name = f"{args.plan}-{args.seed}-{number:05d}"
         write_shard(args.out / f"{name}.safetensors", talk.codes(args.frames), {"source": name})

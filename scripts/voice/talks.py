@@ -120,12 +120,15 @@ class Talk:
         pcm = self.user.says(exchange.user)
         self._turn("talk", exchange.user, pcm, (exchange.moshi,), None)
 
-    def recite(self, fact: Fact | None, pieces: Sequence[str]) -> None:
-        """The model says something of itself: a fact or small talk."""
+    def recite(self, said: Fact | Exchange) -> None:
+        """The model says something of itself: a fact, or its part of small talk."""
+        if isinstance(said, Fact):
+            key, value, pieces = *said, answered(said)
+        else:
+            key, value, pieces = "", "", (said.moshi,)
         self.place = self.frame * FRAME
         start, before = self.place / RATE, (self.place - REPLY_AFTER * FRAME) / RATE
         begins = self._say(pieces)
-        key, value = fact or ("", "")
         turn = Turn(start, before, "recite", "", " ".join(pieces), begins, key, value)
         self.turns.append(turn)
         self.pause(self.rng.randint(0, 2))
@@ -248,8 +251,7 @@ def chat(talk: Talk, frames: int, mix: Mix, facts=_known_facts) -> None:
 class Deck:
     """What a denser talk is made of: some facts, said again and again in new orders, then others.
 
-    In talks of the other kind a fact is asked once in a hundred frames; here nearly every frame is
-    about one that was said before, so looking it up is learned some ten times sooner.
+    Most of what the model says here was said before, and no user's turn lies between.
 
     Args:
         facts: at a time, fewest and most.
@@ -264,19 +266,19 @@ class Deck:
     p_ask: float = 0.05
 
 
-def deck(talk: Talk, frames: int, plan: Deck, facts=_known_facts) -> None:
+def deck(talk: Talk, frames: int, plan: Deck) -> None:
     """One deck of facts after another, until `frames` are full."""
     rng = talk.rng
     while talk.frame < frames:
         keys = rng.sample(KEYS, rng.randint(*plan.facts))
-        chosen = [facts(rng, key) for key in keys]
+        chosen = [_known_facts(rng, key) for key in keys]
         for number in range(1 + plan.again):
             rng.shuffle(chosen)
             for fact in chosen:
                 if rng.random() < (plan.p_ask if number else plan.p_tell):
                     (talk.ask if number else talk.tell)(fact)
                 else:
-                    talk.recite(fact, answered(fact))
+                    talk.recite(fact)
 
 
 def recital(talk: Talk, frames: int) -> None:
@@ -285,12 +287,11 @@ def recital(talk: Talk, frames: int) -> None:
     while talk.frame < frames:
         kind = rng.random()
         if kind < 0.15:
-            talk.recite(None, (rng.choice(SMALL_TALK).moshi,))
+            talk.recite(rng.choice(SMALL_TALK))
         elif kind < 0.3:
             talk.rest(rng.randint(10, 40))
         else:
-            fact = rng.choice(KNOWN_FACTS)
-            talk.recite(fact, answered(fact))
+            talk.recite(rng.choice(KNOWN_FACTS))
 
 
 def _chatter(rng: random.Random, keys: Sequence[str]) -> Iterator[Callable[[Talk], None]]:
