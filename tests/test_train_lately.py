@@ -83,7 +83,12 @@ def test_passes_over_some_rows_add_up_to_all_rows():
     assert sum(part.loss.item() for part, _ in parts) == pytest.approx(value, rel=1e-6)
     for name, want in grads.items():
         some = [dict(tree_flatten(part))[name] for _, part in parts]
-        np.testing.assert_allclose(np.array(some[0] + some[1]), want, rtol=1e-5, atol=1e-6)
+        # Below the head attention has sums in float32 whatever its input: 8e-6 of the largest entry with
+        # OpenBLAS, and as much without this loss.
+        scale = 5e-5 * np.abs(want).max() if name.startswith("base.") else 0
+        np.testing.assert_allclose(
+            np.array(some[0] + some[1]), want, rtol=1e-5, atol=max(scale, 1e-6), err_msg=name
+        )
 
 
 def test_a_base_resumes_with_the_same_bits_and_leaves_the_head_behind(tmp_path, shards):  # noqa: F811
