@@ -146,8 +146,11 @@ def test_another_models_shards_are_refused(tmp_path):
 def test_tokens_of_another_vocabulary_are_refused():
     cfg = tiny_lm_config()
     good = np.full((17, 3), data.NOTHING)
+    first = np.array([[0, cfg.text_out_vocab_size], [3, cfg.audio_vocab_size - 1]])
+    for stream, token in first - [0, 1]:
+        good[stream, :2] = token, data.unlearned(token)
     data.check_codes(good, cfg, "a")
-    for stream, token in [(0, cfg.text_out_vocab_size), (3, cfg.audio_vocab_size - 1), (3, -2)]:
+    for stream, token in [*first, *((stream, data.unlearned(token)) for stream, token in first)]:
         bad = good.copy()
         bad[stream, 1] = token
         with pytest.raises(UserError, match="a: tokens that this model does not have"):

@@ -11,7 +11,7 @@ from test_memory import KINDS, kinds, to_float64
 from moshi_ttt_mlx import generate
 from moshi_ttt_mlx.generate import FrameGenerator
 from moshi_ttt_mlx.layers import make_memory_cache
-from moshi_ttt_mlx.train import loss
+from moshi_ttt_mlx.train import data, loss
 from moshi_ttt_mlx.train.data import NOTHING
 
 FRAMES = 26
@@ -128,6 +128,19 @@ def test_a_delay_off_by_one_is_seen(stream, by, monkeypatch):
         pytest.skip("no delay below 0")
     lm.cfg.audio_delays = wrong
     assert np.abs(losses(lm, codes, [FRAMES]) - want).max() > 0.01
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_an_unlearned_token_is_read_as_any_other_and_has_no_loss(share):
+    lm, _ = with_memory("query")
+    codes = talk(lm.cfg, batch=2)
+    masked = np.random.default_rng(1).random(codes.shape) < share
+    want = losses(lm, codes, [9, 17])
+    got = losses(lm, np.where(masked, data.unlearned(codes), codes), [9, 17])
+    delays = [0, *lm.cfg.audio_delays]
+    for stream in range(want.shape[1]):
+        left_out = np.roll(masked[:, stream], delays[stream], axis=1)
+        assert (got[:, stream] == np.where(left_out, 0, want[:, stream])).all()
 
 
 def test_what_is_no_token_counts_for_nothing():

@@ -15,7 +15,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from voice import talks
 from voice.bank import find, moshi_pieces, slug, training_voices, trimmed, user_sentences
 from voice.clips import Voice, cut_of
-from voice.remix import MADE, OTHER, SIMILAR, Library, Remix, parrot, similar_codes
+from voice.remix import (
+    LATE,
+    MADE,
+    OTHER,
+    SIMILAR,
+    Library,
+    Remix,
+    dictation,
+    parrot,
+    similar_codes,
+)
 from voice.talks import (
     FRAME,
     RATE,
@@ -43,7 +53,7 @@ from voice.world import (
     Fact,
 )
 
-from moshi_ttt_mlx.train.data import NOTHING
+from moshi_ttt_mlx.train.data import NOTHING, unlearned
 from moshi_ttt_mlx.train.interleave import PADDING, Word, text_stream
 
 USER = "am_adam"
@@ -397,9 +407,41 @@ def test_a_remixed_turn_keeps_its_pause_before_the_reply():
         assert 6 <= len(spoken) <= 18
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_dictation_is_written_just_behind_each_word_without_a_sound(seed):
+    talk, words = remixed(random.Random(seed)), set()
+    talk._muffled = lambda heard: heard
+    dictation(talk, 2000)
+    codes = np.concatenate(talk.parts, axis=1)
+    assert (codes[1:MADE] == NOTHING).all()
+    for frame in np.flatnonzero(codes[0] >= 100):
+        token = codes[0, frame]
+        word = 300 + token - 120 if token < 140 else 400 + token - 140
+        # A frame behind its last one; of what ends a turn there is one more of silence.
+        heard = [code % LEFT == word for code in codes[MADE, frame - LATE - 1 : frame]]
+        assert any(heard) and not heard[-1]
+        words.add(int(token))
+    # Keys or values, never both: no pair is told.
+    assert len(words) in (len(KEYS), len(ALL_VALUES))
+
+
+def test_a_value_that_nothing_has_told_is_read_and_not_learned():
+    talk, known = remixed(random.Random(8)), {}
+    talk._muffled = lambda heard: heard
+    for fact in [FACTS[3], FACTS[3], FACTS[30], FACTS[3], Fact("cat", "Bella"), FACTS[3]]:
+        token = 140 + ALL_VALUES.index(fact.value)
+        for act in (talk.recite, talk.tell)[: 1 + (fact == FACTS[30])]:
+            talk.parts.clear()
+            act(fact)
+            text = np.concatenate(talk.parts, axis=1)[0]
+            first = act == talk.recite and known.get(fact.key) != fact.value
+            assert (token in text, unlearned(token) in text) == (not first, first)
+        known[fact.key] = fact.value
+
+
 def facts_said(text):
     """Keys and values in a row of text, in order, as facts."""
-    said = [t for t in text.tolist() if 120 <= t < 200]
+    said = [t for t in np.maximum(text, unlearned(text)).tolist() if 120 <= t < 200]
     keys, values = said[::2], said[1::2]
     assert all(k < 140 <= v for k, v in zip(keys, values, strict=True))
     return [Fact(KEYS[k - 120], ALL_VALUES[v - 140]) for k, v in zip(keys, values, strict=True)]

@@ -2,7 +2,9 @@
 
 A shard is a safetensors file with one tensor, `codes`, int32 `[S, T]`: `S = 1 + n_q` streams in
 Moshi's order (text, Moshi's codebooks, the user's codebooks), `T` frames of 80 ms. Streams are
-**undelayed**: column `t` of each is what is said in frame `t`; `loss.delayed` moves them. Its
+**undelayed**: column `t` of each is what is said in frame `t`; `loss.delayed` moves them. A token may be
+written as one that is read but not learned, see `unlearned`: what was said by somebody who is not to be
+imitated, or what nobody could foretell. Its
 metadata are strings: `format`, `source` (the sound file), and whatever the writer adds.
 
     shards = find_shards("my_shards")
@@ -25,6 +27,15 @@ from ..errors import UserError
 FORMAT = "moshi-ttt-mlx shard 1"
 NOTHING = -1
 """A token that says nothing: embedded as zeros, never a target. Fills up the short talks of a batch."""
+
+
+def unlearned(tokens: np.ndarray) -> np.ndarray:
+    """Tokens (0 and up) as ones that the model reads but that are no targets: below `NOTHING`.
+
+    Training and `eval` feed them as any others, and leave them out of every loss. `unlearned` of what
+    it gives are the tokens again.
+    """
+    return 2 * NOTHING - tokens
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,7 @@ def check_codes(codes: np.ndarray, config: LmConfig, name: str) -> None:
     """
     most = np.full((len(codes), 1), config.audio_vocab_size - 2)
     most[0] = config.text_out_vocab_size - 1
-    if ((codes < NOTHING) | (codes > most)).any():
+    if ((codes < unlearned(most)) | (codes > most)).any():
         raise UserError(f"{name}: tokens that this model does not have: tokenize for this model")
 
 

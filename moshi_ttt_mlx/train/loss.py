@@ -24,6 +24,7 @@ from ..generate import BOS, DepformerCache, embed, embed_frame
 from ..layers import use_window_attention
 from ..model import NOT_PRINTED
 from ..ttt import wide
+from .data import NOTHING, unlearned
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,20 @@ def cut(line: np.ndarray, config: LmConfig, start: int, stop: int) -> tuple[mx.a
 
     Returns:
         Inputs int32 `[B, S, n]` and targets int32 `[B, 1 + K, n]`: the text and the `K` codebooks
-        that the depformer makes.
+        that the depformer makes. Targets that are not to be learned stay `data.unlearned`.
     """
     made = 1 + config.generated_codebooks
-    return mx.array(line[:, :, start:stop]), mx.array(line[:, :made, start + 1 : stop + 1])
+    inputs, targets = line[:, :, start:stop], line[:, :made, start + 1 : stop + 1]
+    return as_read(mx.array(inputs)), mx.array(targets)
+
+
+def as_read(tokens: mx.array) -> mx.array:
+    """Tokens as the model is fed them, those not to be learned too."""
+    return mx.where(tokens < NOTHING, unlearned(tokens), tokens)
 
 
 def counts(targets: mx.array, config: LmConfig) -> mx.array:
-    """Which targets are tokens: bool `[B, 1 + K, T]`; start tokens and padding are none."""
+    """Which targets are tokens to learn: bool `[B, 1 + K, T]`; start tokens and padding are none."""
     sizes = [config.text_out_vocab_size] + [config.audio_vocab_size - 1] * (targets.shape[1] - 1)
     return (targets >= 0) & (targets < mx.array(sizes)[None, :, None])
 
@@ -177,9 +184,9 @@ def audio_losses(lm: Lm, hidden: mx.array, targets: mx.array) -> mx.array:
     told = counts(targets, lm.cfg).swapaxes(1, 2).reshape(b * t, -1)
     first = lm.depformer.slices[0].transformer
     caches = [LayerCache(DepformerCache(first.cfg.context)) for _ in first.layers]
-    losses = []
+    losses, before = [], as_read(tokens)
     for i, piece in enumerate(lm.depformer.slices):
-        xs = piece.linear_in(frames) + embed(piece.emb, tokens[:, i : i + 1])
+        xs = piece.linear_in(frames) + embed(piece.emb, before[:, i : i + 1])
         logits = piece.linear_out(piece.transformer(xs, cache=caches))
         losses.append(nll_of(logits[:, 0], tokens[:, i + 1], told[:, i + 1]))
     return mx.stack(losses, axis=1).reshape(b, t, -1).swapaxes(1, 2)

@@ -42,7 +42,7 @@ from .world import (
 
 LOUDNESS = 0.06  # root mean square, of full scale
 TOLD, ASKED, SMALL = 20, 8, 4  # sentences of a training voice
-FOREIGN, BLENDS = 8, 14  # Kokoro's voices for other languages, and means of two
+FOREIGN, BLENDS = 8, 44  # Kokoro's voices for other languages, and means of two
 ESPEAK = ("en-us+m3", "en-us+f2")
 REAL_SECONDS = 1.6
 
@@ -68,14 +68,14 @@ def user_sentences(voice: str) -> list[str]:
     """What a voice says as a user: everything if it is kept for testing, else a part."""
     small = [exchange.user for exchange in SMALL_TALK]
     if voice in HELD_OUT_VOICES:
-        return [*map(asked, KEYS), *small, *(" ".join(told(fact)) for fact in FACTS)]
+        return [*map(asked, KEYS), *small, *map(told, FACTS)]
     rng = random.Random(voice)
     keys = rng.sample(KEYS, len(KEYS))
     values = rng.sample(ALL_VALUES, len(ALL_VALUES))
     facts = [Fact(keys[i % len(keys)], value) for i, value in enumerate(values[:TOLD])]
     told_facts = [fact for fact in facts if fact not in HELD_OUT_FACTS]
     return [
-        *(" ".join(told(fact)) for fact in told_facts),
+        *map(told, told_facts),
         *map(asked, rng.sample(KEYS, ASKED)),
         *rng.sample(small, SMALL),
     ]

@@ -1,4 +1,4 @@
-"""What the bank has of one voice: sentences, and halves of them that can be put together anew."""
+"""What the bank has of one voice: sentences, halves of them that can be put together anew, and wear."""
 
 import json
 import random
@@ -42,6 +42,16 @@ def cut_of(path: Path) -> int | None:
     return spaces[2] if len(spaces) == 4 else None  # espeak-ng wrote two words as one
 
 
+def worn(pcm: np.ndarray, rng: random.Random) -> np.ndarray:
+    """As other microphones and rooms would hear it: brighter or darker, and noise half of the time."""
+    tilt = rng.uniform(-0.4, 0.4)
+    pcm = (pcm + tilt * np.append(np.float32(0), pcm[:-1])) / (1 + abs(tilt))
+    if rng.random() < 0.5:
+        noise = np.random.default_rng(rng.randrange(1 << 30)).standard_normal(len(pcm))
+        pcm = pcm + 10 ** rng.uniform(-4, -2.5) * noise
+    return pcm.astype(np.float32)
+
+
 class Voice:
     """A user's clips.
 
@@ -57,7 +67,7 @@ class Voice:
         self.values: dict[str, list[Path]] = defaultdict(list)
         for key in KEYS:
             for value in ALL_VALUES:
-                path = find(bank, name, " ".join(told(Fact(key, value))))
+                path = find(bank, name, told(Fact(key, value)))
                 if path.exists() and cut_of(path):
                     self.keys[key].append(path)
                     self.values[value].append(path)
@@ -78,7 +88,7 @@ class Voice:
 
     def tells(self, fact: Fact, rng: random.Random) -> Sentence:
         """A fact: as it was said in one breath if it was, else of two halves."""
-        whole = find(self.bank, self.name, " ".join(told(fact)))
+        whole = find(self.bank, self.name, told(fact))
         heads, tails = self.keys[fact.key], self.values[fact.value]
         if whole in heads and rng.random() < 0.5:
             heads = tails = [whole]

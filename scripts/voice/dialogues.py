@@ -15,6 +15,7 @@ from pathlib import Path
 import soundfile
 from rich.progress import track
 
+from .clips import worn
 from .talks import FRAME, RATE, Talk, recital, tape
 from .world import HELD_OUT_VOICES
 
@@ -30,11 +31,12 @@ def training_voices(bank: Path) -> list[str]:
 
 
 def write(talk: Talk, other: Talk | None, frames: int, folder: Path, name: str) -> dict:
-    """A talk's two files, perhaps with another user on the model's side; its row of the manifest."""
+    """A talk's two files, users worn, perhaps another one on the model's side; its row of the manifest."""
     pcm, notes = talk.stereo(frames), talk.notes()
     seconds = len(pcm) / RATE
+    pcm[:, 1] = worn(pcm[:, 1], talk.rng)
     if other is not None:
-        pcm[:, 0] = other.stereo(frames)[:, 1]
+        pcm[:, 0] = worn(other.stereo(frames)[:, 1], other.rng)
         notes["left_turns"] = other.notes()["turns"]
     # What the end cuts off is not said.
     notes["alignments"] = [a for a in notes["alignments"] if a[1][1] <= seconds]

@@ -89,8 +89,8 @@ def config(pieces: int, mimi: Path) -> dict:
 
 def train_tokenizer(path: Path) -> int:
     """A SentencePiece model with Moshi's special ids, 0 ends padding, 3 is padding; its size."""
-    text = [" ".join(answered(fact)) for fact in FACTS] + [" ".join(told(fact)) for fact in FACTS]
     said = [" ".join(answered(fact)) for fact in FACTS]
+    text = said + [told(fact) for fact in FACTS]
     said += [exchange.moshi for exchange in SMALL_TALK]
     text += [asked(key) for key in KEYS] * 4
     text += [line for exchange in SMALL_TALK for line in exchange] * 8

@@ -21,14 +21,15 @@ import mlx.core as mx
 import numpy as np
 from rich.progress import track
 
-from moshi_ttt_mlx.train.data import NOTHING, find_shards, write_shard
-from moshi_ttt_mlx.train.interleave import PADDING
+from moshi_ttt_mlx.train.data import NOTHING, find_shards, unlearned, write_shard
+from moshi_ttt_mlx.train.interleave import END_OF_PADDING, PADDING
 
 from .talks import FRAME, RATE, REPLY_AFTER, Deck, Mix, chat, deck
-from .world import ALL_VALUES, Exchange, Fact
+from .world import ALL_VALUES, KEYS, Exchange, Fact
 
 # Of a hasty talk, one of these; see `Remix.haste`.
 HASTE = ((0.0, 0.0), (0.3, 0.05), (0.7, 0.1), (1.0, 0.3))
+LATE = 2  # frames from where a word ends to where it is written down
 MADE = 9  # streams of the model: text and its codebooks
 WHOLE = 0.4  # share of facts that are told as they were in some talk
 # Of what the user says, so that it is not learned by heart either.
@@ -133,12 +134,13 @@ class Remix:
     Attributes:
         haste: if set, the model's own facts have no sound, and of their frames besides key and value
             a share is left: of those in which another word begins, and of those in which none does.
+        known: values by their keys, as they were said last.
     """
 
     def __init__(self, library: Library, rng: random.Random, similar: np.ndarray):
         self.library, self.rng, self.similar = library, rng, similar
         self.haste: tuple[float, float] | None = None
-        self.parts, self.frame = [], 0
+        self.parts, self.frame, self.known = [], 0, {}
 
     def pause(self, frames: float) -> None:
         frames = int(frames)
@@ -157,6 +159,7 @@ class Remix:
             joined = np.concatenate([key, value.codes], axis=1)
             user = Unit(joined, key.shape[1] + value.reply)
         self._answer(user, ("Your", *fact))
+        self.known[fact.key] = fact.value
 
     def small(self, exchange: Exchange) -> None:
         self._answer(self.rng.choice(self.library.small[exchange.user]), (exchange.moshi,))
@@ -165,8 +168,16 @@ class Remix:
         self._answer(self.rng.choice(self.library.asked[fact.key]), ("Your", *fact))
 
     def recite(self, fact: Fact) -> None:
-        """The model says a fact of itself."""
+        """The model says a fact of itself; a value that nothing has told yet is not to be learned.
+
+        To guess it is to learn which pairs are told in training, and that all others never are.
+        """
         said = self._said(("Your", *fact))
+        if self.known.get(fact.key) != fact.value:
+            said[-1] = said[-1].copy()
+            text, token = said[-1][0], self._token(fact.value)
+            text[text == token] = unlearned(token)
+        self.known[fact.key] = fact.value
         made = np.concatenate(said, axis=1)
         if self.haste:
             made = np.where(np.arange(MADE)[:, None], NOTHING, made)[:, self._hasty(said)]
@@ -192,6 +203,28 @@ class Remix:
     def repeat(self, value: str) -> None:
         """The user says no more than "is Bella.", and the model the value."""
         self._answer(self.rng.choice(self.library.values[value]), (value,))
+
+    def write_down(self, word: str) -> None:
+        """The user says a part of a sentence; without sound the model writes its key or value behind it.
+
+        Nothing is told: what is said with what can be learned only where both are said.
+        """
+        if word in KEYS and self.rng.random() < 0.5:
+            codes = self.rng.choice(self.library.keys[word])
+        else:
+            units = self.library.asked if word in KEYS else self.library.values
+            unit = self.rng.choice(units[word])
+            codes = unit.codes[:, : unit.reply - 2]
+        codes = codes[:, self._tempo(codes.shape[1])]
+        user = np.concatenate([codes, self._silence(self.rng.randint(LATE, 5))], axis=1)
+        made = np.full((MADE, user.shape[1]), NOTHING, np.int32)
+        made[0], end = PADDING, codes.shape[1] + LATE
+        made[0, end - 2 : end] = END_OF_PADDING, self._token(word)
+        self._put(np.concatenate([made, self._muffled(user)]))
+
+    def _token(self, word: str) -> int:
+        text = self.library.words[word][0][0]
+        return next(token for token in text if token not in (PADDING, END_OF_PADDING))
 
     def _answer(self, user: Unit, reply: Sequence[str]) -> None:
         spoken = user.codes[:, self._tempo(user.reply - 1)]
@@ -248,6 +281,13 @@ def parrot(talk: Remix, frames: int) -> None:
         talk.repeat(talk.rng.choice(ALL_VALUES))
 
 
+def dictation(talk: Remix, frames: int) -> None:
+    """The user says keys or values alone, and the model writes them down: hearing and nothing else."""
+    words = talk.rng.choice([KEYS, ALL_VALUES, ALL_VALUES])
+    while talk.frame < frames:
+        talk.write_down(talk.rng.choice(words))
+
+
 def hasty(talk: Remix, frames: int) -> None:
     """Facts, most of them said before, in few frames: looking up, as dense as it can be."""
     talk.haste = talk.rng.choice(HASTE)
@@ -257,11 +297,12 @@ def hasty(talk: Remix, frames: int) -> None:
 PLANS: dict[str, Callable[[Remix, int], None]] = {
     "hasty": hasty,
     "parrot": parrot,
+    "dictation": dictation,
     "hear": partial(deck, plan=Deck(facts=(2, 4), again=0, p_tell=1.0)),
     "deck": partial(deck, plan=Deck(facts=(2, 4))),
-    # As far as the base looks back, and some farther, or it would take every question for one of what
-    # it sees; the memory's share of questions lies beyond.
-    "near": partial(chat, mix=Mix(far=(100, 170), p_near=0.85)),
+    # As far as the base looks back, and no farther: what cannot be known is guessed, and the best guess is
+    # which pairs are told in training. The memory's share of questions lies beyond.
+    "near": partial(chat, mix=Mix()),
     "far": partial(
         chat, mix=Mix(far=(90, 420), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7)
     ),

@@ -109,7 +109,7 @@ class Talk:
     def tell(self, fact: Fact) -> None:
         sentence = self.user.tells(fact, self.rng)
         cut = self.place + sentence.cut
-        text = " ".join(told(fact))
+        text = told(fact)
         self._turn("tell", text, sentence.pcm, answered(fact), fact, cut / RATE)
 
     def ask(self, fact: Fact) -> None:

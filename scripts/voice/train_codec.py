@@ -37,6 +37,7 @@ from moshi.models.loaders import get_mimi
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .clips import worn
 from .kokoro import SAMPLE_RATE
 from .world import HELD_OUT_VOICES, MOSHI_VOICE
 
@@ -243,16 +244,6 @@ def piece(own: list[Clip], users: list[Clip], rng: random.Random, own_share: flo
         made.pcm = worn(made.pcm, rng)
     made.pcm = np.clip(made.pcm, -1, 1)
     return made
-
-
-def worn(pcm: np.ndarray, rng: random.Random) -> np.ndarray:
-    """As other microphones and rooms would hear it: brighter or darker, and noise half of the time."""
-    tilt = rng.uniform(-0.4, 0.4)
-    pcm = (pcm + tilt * np.append(np.float32(0), pcm[:-1])) / (1 + abs(tilt))
-    if rng.random() < 0.5:
-        noise = np.random.default_rng(rng.randrange(1 << 30)).standard_normal(len(pcm))
-        pcm = pcm + 10 ** rng.uniform(-4, -2.5) * noise
-    return pcm.astype(np.float32)
 
 
 # -- what it learns -----------------------------------------------------------------------------------

@@ -70,9 +70,9 @@ KNOWN_FACTS = tuple(
 )
 
 
-def told(fact: Fact) -> tuple[str, str]:
-    """How the user tells a fact: up to the key, and the value."""
-    return f"Remember, my {fact.key}", f"is {fact.value}."
+def told(fact: Fact) -> str:
+    """How the user tells a fact."""
+    return f"Remember, my {fact.key} is {fact.value}."
 
 
 def asked(key: str) -> str:
