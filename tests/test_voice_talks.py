@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from voice import talks
 from voice.bank import find, moshi_pieces, slug, training_voices, trimmed, user_sentences
 from voice.clips import Voice, cut_of
+from voice.model import BINS, LOUD, ears
 from voice.remix import (
     LATE,
     MADE,
@@ -23,7 +24,6 @@ from voice.remix import (
     Library,
     Remix,
     dictation,
-    parrot,
     similar_codes,
 )
 from voice.talks import (
@@ -491,19 +491,6 @@ def test_a_deck_with_users_tells_first_and_asks_later():
     assert len(known) > 6
 
 
-def test_a_parrot_says_the_value_that_it_heard():
-    talk = remixed(random.Random(2))
-    talk._muffled = lambda heard: heard
-    parrot(talk, 300)
-    codes = np.concatenate(talk.parts, axis=1)
-    replies = np.flatnonzero(codes[0] >= 140)
-    assert len(replies) > 8
-    heard = codes[MADE] % LEFT
-    for before, at in zip([0, *replies], replies, strict=False):
-        said = set(heard[before:at].tolist()) - {PADDING}
-        assert said == {400 + int(codes[0, at]) - 140}
-
-
 def test_another_voice_says_the_same_with_codes_near_by():
     near = np.arange(2 * LEFT)[:, None] + np.arange(1, 1 + SIMILAR)
     talk = Remix(library(), random.Random(3), near)
@@ -531,3 +518,23 @@ def test_similar_codes_are_the_nearest_of_the_first_codebook(tmp_path):
     assert near.shape == (8, SIMILAR)
     assert near[0].tolist() == [2, 4, 6, 7, 1]
     assert near[5].tolist() == [3, 1, 7, 6, 4]
+
+
+def test_a_user_is_embedded_by_the_codecs_own_vectors(tmp_path):
+    rng = np.random.default_rng(0)
+    vectors, out = rng.standard_normal((BINS, 4)), rng.standard_normal((6, 4, 1))
+    usage = rng.uniform(1, 9, BINS)
+    tensors = {
+        "layers.0._codebook.cluster_usage": usage,
+        "layers.0._codebook.embedding_sum": vectors * usage[:, None],
+    }
+    tensors = {f"quantizer.rvq_first.vq.{name}": array for name, array in tensors.items()}
+    tensors["quantizer.rvq_first.output_proj.weight"] = out
+    file = tmp_path / "mimi.safetensors"
+    mx.save_safetensors(str(file), {n: mx.array(a, mx.float32) for n, a in tensors.items()})
+    table = np.array(ears(file, 6))
+    want = (vectors - vectors.mean(axis=0)) @ out[..., 0].T
+    assert not table[BINS].any() and np.square(table[:BINS]).mean() == pytest.approx(LOUD**2)
+    np.testing.assert_allclose(table[:BINS] / table[0, 0], want / want[0, 0], rtol=1e-3, atol=1e-4)
+    with pytest.raises(SystemExit, match="latents, the model is 8 wide"):
+        ears(file, 8)

@@ -31,7 +31,7 @@ def training_voices(bank: Path) -> list[str]:
 
 
 def write(talk: Talk, other: Talk | None, frames: int, folder: Path, name: str) -> dict:
-    """A talk's two files, users worn, perhaps another one on the model's side; its row of the manifest."""
+    """A talk's two files, users worn, perhaps another on the other side; its row of the manifest."""
     pcm, notes = talk.stereo(frames), talk.notes()
     seconds = len(pcm) / RATE
     pcm[:, 1] = worn(pcm[:, 1], talk.rng)

@@ -25,6 +25,8 @@ from .world import FACTS, KEYS, SMALL_TALK, answered, asked, told
 
 CODEBOOKS, BINS = 8, 256
 WINDOW = 96  # frames: 7.7 s
+FIRST = "quantizer.rvq_first"  # where the first codebook is in a codec's file
+LOUD = 0.4  # of a user's first codebook, beside 0.07 of all other embeddings
 
 
 def codec_config(mimi: Path) -> dict:
@@ -115,6 +117,36 @@ def train_tokenizer(path: Path) -> int:
     return sentencepiece.SentencePieceProcessor(str(path)).get_piece_size()
 
 
+def ears(mimi: Path, width: int) -> mx.array:
+    """How a user's first codebook is embedded at first: by the vectors that the codec has for its codes.
+
+    What sounds alike looks alike then; from random vectors a model has to find that out, code by code,
+    before it can hear a word (docs/voice.md).
+
+    Args:
+        mimi: its weights.
+        width: of the model, as many as the codec's latents have.
+
+    Returns:
+        float32 `[BINS + 1, width]`; the last row, of no code, is 0.
+    """
+    first = {n: a.astype(mx.float32) for n, a in mx.load(str(mimi)).items() if FIRST in n}
+    vectors = codebook(first) @ first[f"{FIRST}.output_proj.weight"][..., 0].T
+    if vectors.shape != (BINS, width):
+        raise SystemExit(f"{mimi}: {vectors.shape} latents, the model is {width} wide")
+    vectors = vectors - mx.mean(vectors, axis=0)
+    loud = LOUD * vectors / mx.sqrt(mx.mean(mx.square(vectors)))
+    return mx.concatenate([loud, mx.zeros((1, width))])
+
+
+def codebook(first: dict[str, mx.array]) -> mx.array:
+    """The vectors of the first codebook's codes, `[BINS, n]`."""
+    found = {
+        name.rpartition(".")[2]: array for name, array in first.items() if ".layers.0." in name
+    }
+    return found["embedding_sum"] / mx.maximum(found["cluster_usage"], 1e-5)[:, None]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("mimi", type=Path)
@@ -128,6 +160,7 @@ def main() -> None:
     (args.out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     lm = Lm(LmConfig.from_config_dict(about))
     arrays = dict(tree_flatten(lm.parameters()))
+    arrays[f"audio_embs.{CODEBOOKS}.weight"] = ears(args.mimi, about["dim"])
     mx.save_safetensors(str(args.out / "model.safetensors"), arrays, {"format": "mlx"})
     shutil.copy(args.mimi, args.out / "mimi.safetensors")
     size = sum(array.size for array in arrays.values())

@@ -24,6 +24,7 @@ from rich.progress import track
 from moshi_ttt_mlx.train.data import NOTHING, find_shards, unlearned, write_shard
 from moshi_ttt_mlx.train.interleave import END_OF_PADDING, PADDING
 
+from .model import FIRST, codebook
 from .talks import FRAME, RATE, REPLY_AFTER, Deck, Mix, chat, deck
 from .world import ALL_VALUES, KEYS, Exchange, Fact
 
@@ -37,7 +38,6 @@ TEMPO = 0.07  # chance of a frame to be left out, or to come twice
 HOLES = 0.08  # chance of a code to be missing
 KEPT = (1, 1, 2, 4, 8, 8)  # codebooks
 OTHER, SIMILAR = 0.25, 5  # chance of another code of the first codebook, one of so many near ones
-FIRST = "rvq_first.vq.layers.0"  # where that is, in a codec's file
 
 
 class Unit(NamedTuple):
@@ -200,10 +200,6 @@ class Remix:
         # Each word from another talk: what surrounds it must not tell the next one.
         return [self.rng.choice(self.library.words[word]) for word in reply]
 
-    def repeat(self, value: str) -> None:
-        """The user says no more than "is Bella.", and the model the value."""
-        self._answer(self.rng.choice(self.library.values[value]), (value,))
-
     def write_down(self, word: str) -> None:
         """The user says a part of a sentence; without sound the model writes its key or value behind it.
 
@@ -275,12 +271,6 @@ class Remix:
         return np.concatenate(self.parts, axis=1)[:, :frames]
 
 
-def parrot(talk: Remix, frames: int) -> None:
-    """The user says values, and the model each of them after him: hearing, as dense as it can be."""
-    while talk.frame < frames:
-        talk.repeat(talk.rng.choice(ALL_VALUES))
-
-
 def dictation(talk: Remix, frames: int) -> None:
     """The user says keys or values alone, and the model writes them down: hearing and nothing else."""
     words = talk.rng.choice([KEYS, ALL_VALUES, ALL_VALUES])
@@ -296,12 +286,11 @@ def hasty(talk: Remix, frames: int) -> None:
 
 PLANS: dict[str, Callable[[Remix, int], None]] = {
     "hasty": hasty,
-    "parrot": parrot,
     "dictation": dictation,
     "hear": partial(deck, plan=Deck(facts=(2, 4), again=0, p_tell=1.0)),
     "deck": partial(deck, plan=Deck(facts=(2, 4))),
-    # As far as the base looks back, and no farther: what cannot be known is guessed, and the best guess is
-    # which pairs are told in training. The memory's share of questions lies beyond.
+    # As far as the base looks back, and no farther: what cannot be known is guessed, and the best guess
+    # is which pairs are told in training. The memory's share of questions lies beyond.
     "near": partial(chat, mix=Mix()),
     "far": partial(
         chat, mix=Mix(far=(90, 420), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7)
@@ -311,9 +300,8 @@ PLANS: dict[str, Callable[[Remix, int], None]] = {
 
 def similar_codes(mimi: Path) -> np.ndarray:
     """For each code of the first codebook those nearest to it, int32 `[codes, SIMILAR]`."""
-    found = {n.rpartition(".")[2]: np.array(a) for n, a in mx.load(str(mimi)).items() if FIRST in n}
-    usage = np.maximum(found["cluster_usage"].astype(np.float64), 1e-5)
-    vectors = found["embedding_sum"].astype(np.float64) / usage[:, None]
+    first = {n: a.astype(mx.float32) for n, a in mx.load(str(mimi)).items() if FIRST in n}
+    vectors = np.array(codebook(first), np.float64)
     distances = np.square(vectors[:, None] - vectors[None]).sum(axis=-1)
     return np.argsort(distances, axis=1)[:, 1 : 1 + SIMILAR].astype(np.int32)
 
