@@ -33,7 +33,9 @@ HASTE = ((0.0, 0.0), (0.3, 0.05), (0.7, 0.1), (1.0, 0.3))
 LATE = 2  # frames from where a word ends to where it is written down
 MADE = 9  # streams of the model: text and its codebooks
 WHOLE = 0.4  # share of facts that are told as they were in some talk
-# Of what the user says, so that it is not learned by heart either.
+# Of what the user says, so that it is not learned by heart either; in talks, where who does not understand
+# learns to guess, a share of it.
+LIGHTLY = 0.4
 TEMPO = 0.07  # chance of a frame to be left out, or to come twice
 HOLES = 0.08  # chance of a code to be missing
 KEPT = (1, 1, 2, 4, 8, 8)  # codebooks
@@ -216,7 +218,7 @@ class Remix:
         made = np.full((MADE, user.shape[1]), NOTHING, np.int32)
         made[0], end = PADDING, codes.shape[1] + LATE
         made[0, end - 2 : end] = END_OF_PADDING, self._token(word)
-        self._put(np.concatenate([made, self._muffled(user)]))
+        self._put(np.concatenate([made, self._muffled(user, 1.0)]))
 
     def _token(self, word: str) -> int:
         text = self.library.words[word][0][0]
@@ -227,7 +229,7 @@ class Remix:
         made = np.concatenate([self._quiet(spoken.shape[1]), *self._said(reply)], axis=1)
         tail = user.codes[:, user.reply - 1 :]
         silence = self._silence(made.shape[1])
-        heard = self._muffled(np.concatenate([spoken, tail, silence], axis=1))
+        heard = self._muffled(np.concatenate([spoken, tail, silence], axis=1), LIGHTLY)
         self._put(np.concatenate([made, heard[:, : made.shape[1]]]))
         self.pause(self.rng.uniform(2, 8))
 
@@ -251,17 +253,22 @@ class Remix:
             kept += [frame] * (0 if chance < TEMPO else 2 if chance < 2 * TEMPO else 1)
         return kept
 
-    def _muffled(self, heard: np.ndarray) -> np.ndarray:
+    def _muffled(self, heard: np.ndarray, wear: float) -> np.ndarray:
         """As another voice might say it, often without the last codebooks, and with holes.
 
         The words are in the first codebook, where one voice's code for a sound is near another's.
+
+        Args:
+            heard: codes of the user, `[8, n]`.
+            wear: of each kind, a share of what dictation has.
         """
         heard, rng = heard.copy(), np.random.default_rng(self.rng.randrange(1 << 30))
-        other = rng.random(heard.shape[1]) < OTHER
+        other = rng.random(heard.shape[1]) < wear * OTHER
         near = self.similar[heard[0], rng.integers(0, SIMILAR, heard.shape[1])]
         heard[0] = np.where(other & (heard[0] >= 0), near, heard[0])
-        heard[self.rng.choice(KEPT) :] = NOTHING
-        return np.where(rng.random(heard.shape) < HOLES, NOTHING, heard)
+        if self.rng.random() < wear:
+            heard[self.rng.choice(KEPT) :] = NOTHING
+        return np.where(rng.random(heard.shape) < wear * HOLES, NOTHING, heard)
 
     def _put(self, codes: np.ndarray) -> None:
         self.parts.append(codes)
