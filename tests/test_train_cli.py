@@ -136,6 +136,19 @@ def test_held_out_talks_are_not_learned_from(train, shards):
     assert "both held out and learned from" in train("--held-out", shards["talks"], status=2)
 
 
+def test_phrases_kept_for_testing_come_from_a_file(train, tmp_path):
+    phrases = tmp_path / "kept.txt"
+    phrases.write_text("hello hello\n\n hello there hello \n", encoding="utf-8")
+    train("--kept", str(phrases))
+    begun = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert begun["settings"]["kept"] == ["hello hello", "hello there hello"]
+    phrases.write_text("hello")
+    assert "two words or more, not 'hello'" in train("--kept", str(phrases), status=2)
+    phrases.write_bytes(b"\xff hello")
+    for path in (phrases, tmp_path / "gone.txt"):
+        assert f"could not read --kept {path}" in train("--kept", str(path), status=2)
+
+
 def test_a_place_for_the_run_is_needed(capfd):
     assert main(["train"]) == 2
     assert "SHARDS and --out" in capfd.readouterr().err

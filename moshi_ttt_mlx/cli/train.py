@@ -80,6 +80,12 @@ def _add_training_arguments(group) -> None:
         help="weight of a second loss, where the base learns: half-way up it names the words said last",
     )
     group.add_argument(
+        "--kept",
+        metavar="FILE",
+        help="phrases kept for testing, one a line: behind the others, its last word is not counted as "
+        "wrong",
+    )
+    group.add_argument(
         "--no-recompute",
         dest="recompute",
         action="store_false",
@@ -111,7 +117,18 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace):
     from ..train.trainer import Settings
 
-    return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    return Settings(**given | {"kept": _phrases(args.kept)})
+
+
+def _phrases(path: str | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"could not read --kept {path}: {error}") from error
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _talks(args: argparse.Namespace) -> tuple[list, list]:
@@ -160,6 +177,7 @@ def _learner(args: argparse.Namespace, settings, model):
     import mlx.core as mx
 
     from ..surgery import Adapter, add_memory
+    from ..train.kept import encode
     from ..train.loss import LossWeights
     from ..train.segments import Attention, Learner
 
@@ -183,7 +201,11 @@ def _learner(args: argparse.Namespace, settings, model):
         settings.phase,
         Attention(settings.window, settings.sinks),
         LossWeights(
-            settings.text_padding, settings.first_codebook, settings.audio, settings.lately
+            settings.text_padding,
+            settings.first_codebook,
+            settings.audio,
+            settings.lately,
+            encode(settings.kept, model.tokenizer.encode),
         ),
         settings.recompute,
     )

@@ -36,12 +36,14 @@ class LossWeights:
         first_codebook: of the first codebook (it carries the words), beside each of the others.
         audio: of all codebooks together, beside text; 0 learns from text alone.
         lately: of the second loss, see `lately.py`; only where the base learns.
+        kept: phrases whose last word is no rival behind the others, see `kept.py`.
     """
 
     text_padding: float = 0.5
     first_codebook: float = 100.0
     audio: float = 1.0
     lately: float = 0.0
+    kept: tuple[tuple[int, ...], ...] = ()
 
 
 def prepare(lm: Lm) -> None:
@@ -167,10 +169,18 @@ def hidden_states(lm: Lm, inputs: mx.array, run_layers: Callable[[mx.array], mx.
     return lm.out_norm(run_layers(embed_frame(lm, inputs)))
 
 
-def text_losses(lm: Lm, hidden: mx.array, targets: mx.array) -> mx.array:
-    """`[B, 1, T]` of hidden states `[B, T, D]` and targets `[B, 1 + K, T]`."""
-    told = counts(targets[:, :1], lm.cfg)[:, 0]
-    return nll_of(lm.text_linear(hidden), targets[:, 0], told)[:, None]
+def text_losses(
+    lm: Lm, hidden: mx.array, targets: mx.array, left_out: mx.array | None = None
+) -> mx.array:
+    """`[B, 1, T]` of hidden states `[B, T, D]` and targets `[B, 1 + K, T]`.
+
+    Tokens of `left_out`, bool `[B, T, V]`, are not compared with, but for the targets themselves.
+    """
+    told, logits = counts(targets[:, :1], lm.cfg)[:, 0], lm.text_linear(hidden)
+    if left_out is not None:
+        itself = mx.arange(logits.shape[-1]) == targets[:, 0, :, None]
+        logits = mx.where(left_out & ~itself, -mx.inf, logits)
+    return nll_of(logits, targets[:, 0], told)[:, None]
 
 
 def audio_losses(lm: Lm, hidden: mx.array, targets: mx.array) -> mx.array:

@@ -28,6 +28,7 @@ from moshi_mlx.modules.transformer import LayerCache
 from ..errors import UserError
 from ..layers import MemoryAttention, make_memory_cache
 from ..surgery import Adapter
+from .kept import left_out
 from .lately import Lately
 from .loss import (
     LossWeights,
@@ -242,7 +243,7 @@ class Learner:
 
         hidden = hidden_states(self.lm, inputs, layers)
         targets = self._learned(targets)
-        nll = self._losses(hidden, targets)
+        nll = self._losses(hidden, inputs, targets)
         weights = target_weights(targets, self.lm.cfg, self.weights)
         known = mx.stop_gradient(nll)
         loss = weighted_loss(nll, weights, total, self.weights.audio)
@@ -288,8 +289,11 @@ class Learner:
         out, arrays = recomputed(modules, run, self.recompute)(xs, before.state)
         return out, arrays, counters[0]
 
-    def _losses(self, hidden: mx.array, targets: mx.array) -> mx.array:
-        losses = text_losses(self.lm, hidden, targets)
+    def _losses(self, hidden: mx.array, inputs: mx.array, targets: mx.array) -> mx.array:
+        kept = self.weights.kept
+        vocabulary = self.lm.cfg.text_out_vocab_size
+        rivals = left_out(inputs[:, 0], kept, vocabulary) if kept else None
+        losses = text_losses(self.lm, hidden, targets, rivals)
         if targets.shape[1] == 1:
             return losses
         parts = []

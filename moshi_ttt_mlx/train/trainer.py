@@ -48,6 +48,7 @@ class Settings:
         weight_decay: decoupled, times the rate.
         gate_speed: rate of the gates over `memory_rate`, see `Optimizer`.
         text_padding, first_codebook, audio, lately: see `loss.LossWeights`.
+        kept: phrases for testing, in words, see `kept.py`; the learner has them as tokens.
         recompute: layers again in the backward pass, rather than their inner results in memory.
         seed: of the first weights of what is new, and of the order of talks.
     """
@@ -69,6 +70,7 @@ class Settings:
     first_codebook: float = 100.0
     audio: float = 1.0
     lately: float = 0.0
+    kept: tuple[str, ...] = ()
     recompute: bool = True
     seed: int = 0
 

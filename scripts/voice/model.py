@@ -2,8 +2,8 @@
 
     python -m voice.model MIMI.safetensors OUT [--seed 0]      (in scripts/)
 
-A folder as Kyutai's repositories have it, with `mimi_config` for the small codec: `moshi-ttt-mlx
-tokenize` and `train --phase base` take it from here.
+A folder as Kyutai's repositories have it, with `mimi_config` for the small codec, and beside it the
+facts kept for testing: `moshi-ttt-mlx tokenize` and `train --phase base` take it from here.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from moshi_mlx.models.mimi import mimi_202407
 
 from moshi_ttt_mlx.codec import mimi_config_to_dict
 
-from .world import FACTS, KEYS, SMALL_TALK, answered, asked, told
+from .world import FACTS, HELD_OUT_FACTS, KEYS, SMALL_TALK, answered, asked, told
 
 CODEBOOKS, BINS = 8, 256
 WINDOW = 96  # frames: 7.7 s
+KEPT = "kept.txt"  # facts kept for testing, for `train --kept`
 FIRST = "quantizer.rvq_first"  # where the first codebook is in a codec's file
 LOUD = 0.4  # of a user's first codebook, beside 0.07 of all other embeddings
 
@@ -163,6 +164,11 @@ def main() -> None:
     arrays[f"audio_embs.{CODEBOOKS}.weight"] = ears(args.mimi, about["dim"])
     mx.save_safetensors(str(args.out / "model.safetensors"), arrays, {"format": "mlx"})
     shutil.copy(args.mimi, args.out / "mimi.safetensors")
+    # As the model says them, and as it does in a hasty talk.
+    kept = [
+        line for key, value in HELD_OUT_FACTS for line in (f"{key} is {value}", f"{key} {value}")
+    ]
+    (args.out / KEPT).write_text("\n".join(kept) + "\n")
     size = sum(array.size for array in arrays.values())
     print(f"{args.out}: {size / 1e6:.2f} M parameters, {about['text_card']} pieces")
 

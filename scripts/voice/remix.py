@@ -33,8 +33,8 @@ HASTE = ((0.0, 0.0), (0.3, 0.05), (0.7, 0.1), (1.0, 0.3))
 LATE = 2  # frames from where a word ends to where it is written down
 MADE = 9  # streams of the model: text and its codebooks
 WHOLE = 0.4  # share of facts that are told as they were in some talk
-# Of what the user says, so that it is not learned by heart either; in talks, where who does not understand
-# learns to guess, a share of it.
+# Of what the user says, so that it is not learned by heart either; in talks, where a model that does not
+# understand learns to guess, a share of it.
 LIGHTLY = 0.4
 TEMPO = 0.07  # chance of a frame to be left out, or to come twice
 HOLES = 0.08  # chance of a code to be missing
@@ -300,7 +300,7 @@ PLANS: dict[str, Callable[[Remix, int], None]] = {
     # is which pairs are told in training. The memory's share of questions lies beyond.
     "near": partial(chat, mix=Mix()),
     "far": partial(
-        chat, mix=Mix(far=(90, 420), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7)
+        chat, mix=Mix(far=(90, 800), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7)
     ),
 }
 
