@@ -3,7 +3,7 @@
 A model that learns from "my cat is .." with every name but Bella finds out that no cat is called Bella,
 and says so whatever it hears: the loss lowers a word that never comes where others do. Where all of a
 kept phrase but its last word was just said, that word is left out of the softmax, and so neither learned
-nor unlearned: logit adjustment (Menon et al. 2021, arXiv 2007.07314) for a word whose prior is 0 by design.
+nor unlearned: logit adjustment (Menon et al. 2021, arXiv 2007.07314) of a word whose prior is 0.
 
 What lives here: which words those are. What does not: the loss (`loss.py`).
 """
