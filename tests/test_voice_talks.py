@@ -497,6 +497,9 @@ def test_another_voice_says_the_same_with_codes_near_by(wear):
     talk = Remix(library(), random.Random(3), near)
     heard = np.full((8, 4000), 50, np.int32)
     heard[:, :2000] = NOTHING
+    talk.wear = 0.0
+    assert (talk._muffled(heard, wear) == heard).all() and talk._tempo(50) == list(range(50))
+    talk.wear = 1.0
     first = talk._muffled(heard, wear)[0]
     assert (first[:2000] == NOTHING).all()
     kinds, counts = np.unique(first[2000:], return_counts=True)

@@ -132,6 +132,7 @@ class Remix:
         library: of turns.
         rng: chooses among them.
         similar: of `similar_codes`.
+        wear: of users' turns, beside the usual; 0 leaves them as they were heard.
 
     Attributes:
         haste: if set, the model's own facts have no sound, and of their frames besides key and value
@@ -139,8 +140,10 @@ class Remix:
         known: values by their keys, as they were said last.
     """
 
-    def __init__(self, library: Library, rng: random.Random, similar: np.ndarray):
-        self.library, self.rng, self.similar = library, rng, similar
+    def __init__(
+        self, library: Library, rng: random.Random, similar: np.ndarray, wear: float = 1.0
+    ):
+        self.library, self.rng, self.similar, self.wear = library, rng, similar, wear
         self.haste: tuple[float, float] | None = None
         self.parts, self.frame, self.known = [], 0, {}
 
@@ -250,18 +253,20 @@ class Remix:
         kept = []
         for frame in range(frames):
             chance = self.rng.random() if frame < frames - REPLY_AFTER else 1.0
-            kept += [frame] * (0 if chance < TEMPO else 2 if chance < 2 * TEMPO else 1)
+            tempo = self.wear * TEMPO
+            kept += [frame] * (0 if chance < tempo else 2 if chance < 2 * tempo else 1)
         return kept
 
-    def _muffled(self, heard: np.ndarray, wear: float) -> np.ndarray:
+    def _muffled(self, heard: np.ndarray, share: float) -> np.ndarray:
         """As another voice might say it, often without the last codebooks, and with holes.
 
         The words are in the first codebook, where one voice's code for a sound is near another's.
 
         Args:
             heard: codes of the user, `[8, n]`.
-            wear: of each kind, a share of what dictation has.
+            share: of the wear that dictation has.
         """
+        wear = share * self.wear
         heard, rng = heard.copy(), np.random.default_rng(self.rng.randrange(1 << 30))
         other = rng.random(heard.shape[1]) < wear * OTHER
         near = self.similar[heard[0], rng.integers(0, SIMILAR, heard.shape[1])]
@@ -333,6 +338,7 @@ def main() -> None:
     parser.add_argument("--plan", choices=PLANS, required=True)
     parser.add_argument("--talks", type=int, default=1000)
     parser.add_argument("--frames", type=int, default=768)
+    parser.add_argument("--wear", type=float, default=1.0, help="0: users as they were heard")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     library = read_library([tuple(pair) for pair in args.sources])
@@ -340,7 +346,8 @@ def main() -> None:
     print(f"{sum(map(len, library.told.values()))} facts told, {len(library.told)} different ones")
 
     for number in track(range(args.talks), args.plan):
-        talk = Remix(library, random.Random(f"{args.seed} {args.plan} {number}"), similar)
+        rng = random.Random(f"{args.seed} {args.plan} {number}")
+        talk = Remix(library, rng, similar, args.wear)
         PLANS[args.plan](talk, args.frames)
         name = f"{args.plan}-{args.seed}-{number:05d}"
         write_shard(args.out / f"{name}.safetensors", talk.codes(args.frames), {"source": name})
