@@ -26,7 +26,7 @@ from .world import FACTS, HELD_OUT_FACTS, KEYS, SMALL_TALK, answered, asked, tol
 CODEBOOKS, BINS = 8, 256
 WINDOW = 96  # frames: 7.7 s
 KEPT = "kept.txt"  # facts kept for testing, for `train --kept`
-FIRST = "quantizer.rvq_first"  # where the first codebook is in a codec's file
+FIRST = "quantizer.rvq_first."  # where the first codebook is in a codec's file
 LOUD = 0.4  # of a user's first codebook, beside 0.07 of all other embeddings
 
 
@@ -118,6 +118,19 @@ def train_tokenizer(path: Path) -> int:
     return sentencepiece.SentencePieceProcessor(str(path)).get_piece_size()
 
 
+def read_first(mimi: Path) -> dict[str, mx.array]:
+    """What a codec's file has of its first codebook, float32."""
+    tensors = mx.load(str(mimi)).items()
+    return {n[len(FIRST) :]: a.astype(mx.float32) for n, a in tensors if n.startswith(FIRST)}
+
+
+def codebook(first: dict[str, mx.array]) -> mx.array:
+    """The vectors of its codes, `[BINS, n]`."""
+    book = "vq.layers.0._codebook"
+    usage = mx.maximum(first[f"{book}.cluster_usage"], 1e-5)
+    return first[f"{book}.embedding_sum"] / usage[:, None]
+
+
 def ears(mimi: Path, width: int) -> mx.array:
     """How a user's first codebook is embedded at first: by the vectors that the codec has for its codes.
 
@@ -131,21 +144,13 @@ def ears(mimi: Path, width: int) -> mx.array:
     Returns:
         float32 `[BINS + 1, width]`; the last row, of no code, is 0.
     """
-    first = {n: a.astype(mx.float32) for n, a in mx.load(str(mimi)).items() if FIRST in n}
-    vectors = codebook(first) @ first[f"{FIRST}.output_proj.weight"][..., 0].T
+    first = read_first(mimi)
+    vectors = codebook(first) @ first["output_proj.weight"][..., 0].T
     if vectors.shape != (BINS, width):
         raise SystemExit(f"{mimi}: {vectors.shape} latents, the model is {width} wide")
     vectors = vectors - mx.mean(vectors, axis=0)
     loud = LOUD * vectors / mx.sqrt(mx.mean(mx.square(vectors)))
     return mx.concatenate([loud, mx.zeros((1, width))])
-
-
-def codebook(first: dict[str, mx.array]) -> mx.array:
-    """The vectors of the first codebook's codes, `[BINS, n]`."""
-    found = {
-        name.rpartition(".")[2]: array for name, array in first.items() if ".layers.0." in name
-    }
-    return found["embedding_sum"] / mx.maximum(found["cluster_usage"], 1e-5)[:, None]
 
 
 def main() -> None:

@@ -17,14 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import mlx.core as mx
 import numpy as np
 from rich.progress import track
 
 from moshi_ttt_mlx.train.data import NOTHING, find_shards, unlearned, write_shard
 from moshi_ttt_mlx.train.interleave import END_OF_PADDING, PADDING
 
-from .model import FIRST, codebook
+from .model import codebook, read_first
 from .talks import FRAME, RATE, REPLY_AFTER, Deck, Mix, chat, deck
 from .world import ALL_VALUES, KEYS, Exchange, Fact
 
@@ -312,8 +311,7 @@ PLANS: dict[str, Callable[[Remix, int], None]] = {
 
 def similar_codes(mimi: Path) -> np.ndarray:
     """For each code of the first codebook those nearest to it, int32 `[codes, SIMILAR]`."""
-    first = {n: a.astype(mx.float32) for n, a in mx.load(str(mimi)).items() if FIRST in n}
-    vectors = np.array(codebook(first), np.float64)
+    vectors = np.array(codebook(read_first(mimi)), np.float64)
     distances = np.square(vectors[:, None] - vectors[None]).sum(axis=-1)
     return np.argsort(distances, axis=1)[:, 1 : 1 + SIMILAR].astype(np.int32)
 
