@@ -30,7 +30,9 @@ def last_said(text: mx.array, words: int, vocabulary: int) -> mx.array:
     """
     frames = mx.broadcast_to(mx.arange(text.shape[1], dtype=mx.int32), text.shape)
     said = is_word(text) & (text >= 0) & (text < vocabulary)
-    last = mx.cummax(mx.where(said, frames, -1), axis=1)
+    # With a frame before the first: mlx 0.26 divides by zero in cummax of a single element.
+    before = mx.full((len(text), 1), -1, dtype=mx.int32)
+    last = mx.cummax(mx.concatenate([before, mx.where(said, frames, -1)], axis=1), axis=1)[:, 1:]
     place, found = frames, []
     for _ in range(words):
         place = mx.where(place < 0, -1, mx.take_along_axis(last, mx.maximum(place, 0), axis=1))
