@@ -82,8 +82,8 @@ def _add_training_arguments(group) -> None:
     group.add_argument(
         "--kept",
         metavar="FILE",
-        help="phrases kept for testing, one a line: behind the others, its last word is not counted as "
-        "wrong",
+        help="phrases kept for testing, one a line: where the rest of one was just said, its last word "
+        "is not counted as wrong",
     )
     group.add_argument(
         "--no-recompute",

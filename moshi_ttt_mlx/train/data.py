@@ -3,8 +3,7 @@
 A shard is a safetensors file with one tensor, `codes`, int32 `[S, T]`: `S = 1 + n_q` streams in
 Moshi's order (text, Moshi's codebooks, the user's codebooks), `T` frames of 80 ms. Streams are
 **undelayed**: column `t` of each is what is said in frame `t`; `loss.delayed` moves them. A token may be
-written as one that is read but not learned, see `unlearned`: what was said by somebody who is not to be
-imitated, or what nobody could foretell. Its
+written as one that is read but not learned, see `unlearned`: what nobody could foretell, say. Its
 metadata are strings: `format`, `source` (the sound file), and whatever the writer adds.
 
     shards = find_shards("my_shards")

@@ -25,7 +25,6 @@ from .world import FACTS, HELD_OUT_FACTS, KEYS, SMALL_TALK, answered, asked, tol
 
 CODEBOOKS, BINS = 8, 256
 WINDOW = 96  # frames: 7.7 s
-KEPT = "kept.txt"  # facts kept for testing, for `train --kept`
 FIRST = "quantizer.rvq_first."  # where the first codebook is in a codec's file
 LOUD = 0.4  # of a user's first codebook, beside 0.07 of all other embeddings
 
@@ -169,11 +168,11 @@ def main() -> None:
     arrays[f"audio_embs.{CODEBOOKS}.weight"] = ears(args.mimi, about["dim"])
     mx.save_safetensors(str(args.out / "model.safetensors"), arrays, {"format": "mlx"})
     shutil.copy(args.mimi, args.out / "mimi.safetensors")
-    # As the model says them, and as it does in a hasty talk.
+    # For `train --kept`: as the model says them, and as it does in a hasty talk.
     kept = [
         line for key, value in HELD_OUT_FACTS for line in (f"{key} is {value}", f"{key} {value}")
     ]
-    (args.out / KEPT).write_text("\n".join(kept) + "\n")
+    (args.out / "kept.txt").write_text("\n".join(kept) + "\n")
     size = sum(array.size for array in arrays.values())
     print(f"{args.out}: {size / 1e6:.2f} M parameters, {about['text_card']} pieces")
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import track
 
-from moshi_ttt_mlx.train.data import NOTHING, find_shards, unlearned, write_shard
+from moshi_ttt_mlx.train.data import NOTHING, Shard, find_shards, unlearned, write_shard
 from moshi_ttt_mlx.train.interleave import END_OF_PADDING, PADDING
 
 from .model import codebook, read_first
@@ -249,10 +249,9 @@ class Remix:
 
     def _tempo(self, frames: int) -> list[int]:
         """Frames of a turn with some left out and some twice, but for those just before the reply."""
-        kept = []
+        kept, tempo = [], self.wear * TEMPO
         for frame in range(frames):
             chance = self.rng.random() if frame < frames - REPLY_AFTER else 1.0
-            tempo = self.wear * TEMPO
             kept += [frame] * (0 if chance < tempo else 2 if chance < 2 * tempo else 1)
         return kept
 
@@ -321,9 +320,13 @@ def read_library(pairs: list[tuple[Path, Path]]) -> Library:
     library = Library()
     for talks, shards in pairs:
         for shard in find_shards(shards):
-            notes = talks / Path(shard.meta["source"]).with_suffix(".json").name
-            library.add(shard.codes(), json.loads(notes.read_text()))
+            library.add(shard.codes(), read_notes(talks, shard))
     return library
+
+
+def read_notes(talks: Path, shard: Shard) -> dict:
+    """What `voice.dialogues` wrote about the talk of a shard."""
+    return json.loads((talks / Path(shard.meta["source"]).with_suffix(".json").name).read_text())
 
 
 def main() -> None:

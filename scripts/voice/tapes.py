@@ -15,6 +15,8 @@ import numpy as np
 
 from moshi_ttt_mlx.train.data import find_shards, write_shard
 
+from .remix import read_notes
+
 NOTES = ("turns", "left_turns")  # what `voice.remix` reads of them
 
 
@@ -24,7 +26,7 @@ def pack(sources: list[tuple[Path, Path]], out: Path) -> int:
     for talks, shards in sources:
         for shard in find_shards(shards):
             name = Path(shard.meta["source"]).stem
-            notes = json.loads((talks / f"{name}.json").read_text())
+            notes = read_notes(talks, shard)
             notes = {part: notes[part] for part in NOTES if part in notes}
             codes.append(shard.codes())
             about.append({"name": f"{talks.name}-{name}", **notes})
