@@ -18,6 +18,7 @@ SAMPLE_RATE = 24_000
 # The model decides on durations in units of 25 ms; a node within its graph has them.
 DURATION = SAMPLE_RATE // 40
 _DURATIONS = "/encoder/Clip_output_0"
+BEYOND = 0.4  # how far a voice goes from another, of the distance between the two
 # espeak-ng's IPA -> one letter where Kokoro has one for it.
 _LETTERS = {
     "eɪ": "A",
@@ -100,13 +101,16 @@ class Kokoro:
 
     @cache  # noqa: B019 (one model lives as long as its process)
     def _styles(self, voice: str) -> np.ndarray:
-        """`[510, 256]`, by length; of a blend `one+other`, the mean."""
+        """`[510, 256]`, by length; of a blend `one+other`, the mean; of `one-other`, beyond `one`."""
         folder = self._folder / "voices"
-        parts = [np.fromfile(folder / f"{name}.bin", np.float32) for name in voice.split("+")]
-        return np.mean(parts, axis=0).reshape(-1, 256)
+        names = re.split(r"[+-]", voice)
+        parts = [np.fromfile(folder / f"{name}.bin", np.float32) for name in names]
+        shares = (1 + BEYOND, -BEYOND) if "-" in voice else None
+        style = np.average(parts, axis=0, weights=shares).astype(np.float32)
+        return style.reshape(-1, 256)
 
     def say(self, text: str, voice: str, speed: float = 1.0) -> Said:
-        """A sentence; a voice is one of `voices` or a blend of them, `af_sky+am_puck`."""
+        """A sentence; a voice is one of `voices`, or of two: `af_sky+am_puck`, `am_eric-am_adam`."""
         symbols = "".join(c for c in phonemes(text) if c in self._ids)
         styles = self._styles(voice)
         inputs = {
