@@ -159,7 +159,9 @@ before = process_bytes()
 held.write(b"x" * (64 << 20))
 print(process_bytes() - before)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     # All of it was written, so it is resident.
     assert 0.95 < int(run.stdout) / (64 << 20) < 1.05
 

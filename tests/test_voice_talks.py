@@ -474,7 +474,7 @@ def test_haste_keeps_key_and_value_and_no_sound():
     for fact in FACTS[:5]:
         talk.recite(fact)
     codes = talk.codes(99)
-    assert codes.shape[1] == 10 and (codes[1:MADE] == NOTHING).all()
+    assert codes.shape[1] == 10 and (codes[1:] == NOTHING).all()
     assert facts_said(codes[0]) == list(FACTS[:5])
 
 

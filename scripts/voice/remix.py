@@ -134,7 +134,7 @@ class Remix:
         wear: of users' turns, beside the usual; 0 leaves them as they were heard.
 
     Attributes:
-        haste: if set, the model's own facts have no sound, and of their frames besides key and value
+        haste: if set, there is no sound on either side, and of a fact's frames besides key and value
             a share is left: of those in which another word begins, and of those in which none does.
         known: values by their keys, as they were said last.
     """
@@ -184,9 +184,14 @@ class Remix:
         self.known[fact.key] = fact.value
         made = np.concatenate(said, axis=1)
         if self.haste:
-            made = np.where(np.arange(MADE)[:, None], NOTHING, made)[:, self._hasty(said)]
-        self._put(np.concatenate([made, self._silence(made.shape[1])]))
-        self.pause(0 if self.haste else self.rng.randint(0, 3))
+            self._put(self._text_alone(made[:1, self._hasty(said)]))
+        else:
+            self._put(np.concatenate([made, self._silence(made.shape[1])]))
+            self.pause(self.rng.randint(0, 3))
+
+    def _text_alone(self, text: np.ndarray) -> np.ndarray:
+        """Neither side has sound: a user's silence, as loud as speech, drowned the words at first."""
+        return np.pad(text, ((0, 2 * MADE - 2), (0, 0)), constant_values=NOTHING)
 
     def _hasty(self, said: list[np.ndarray]) -> list[int]:
         """Which frames of a fact to keep; key and value are the first ones of their parts."""
