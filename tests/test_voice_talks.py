@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from voice import talks
 from voice.bank import find, moshi_pieces, slug, training_voices, trimmed, user_sentences
 from voice.clips import Voice, cut_of
-from voice.model import BINS, LOUD, ears
+from voice.model import BINS, CODEBOOKS, LOUD, LOUDER, ears
 from voice.remix import (
     LATE,
     MADE,
@@ -508,16 +508,24 @@ def test_another_voice_says_the_same_with_codes_near_by(wear):
     assert others == pytest.approx(wear * OTHER, abs=0.03)
 
 
-def test_similar_codes_are_the_nearest_of_the_first_codebook(tmp_path):
-    usage = np.arange(1, 9, dtype=np.float32)
-    places = np.array([0, 10, 1, 30, 2, 50, 3, 4], np.float32)
-    book = "quantizer.rvq_first.vq.layers.0._codebook"
+def write_codebooks(file, vectors, ways):
+    """Vectors `[codebooks, BINS, n]` and ways to latents `[2, dim, n, 1]` as a codec's file has them."""
+    usage = np.random.default_rng(1).uniform(1, 9, vectors.shape[:2])
     tensors = {
-        f"{book}.cluster_usage": mx.array(usage),
-        f"{book}.embedding_sum": mx.array(np.stack([places, places], axis=1) * usage[:, None]),
-        "quantizer.rvq_rest.vq.layers.0._codebook.cluster_usage": mx.zeros(8),
+        f"rvq_{name}.output_proj.weight": w for name, w in zip(("first", "rest"), ways, strict=True)
     }
-    mx.save_safetensors(str(tmp_path / "mimi.safetensors"), tensors)
+    for number, (some, used) in enumerate(zip(vectors, usage, strict=True)):
+        book = f"rvq_{'rest' if number else 'first'}.vq.layers.{max(number - 1, 0)}._codebook"
+        tensors |= {f"{book}.cluster_usage": used, f"{book}.embedding_sum": some * used[:, None]}
+    arrays = {f"quantizer.{name}": mx.array(a, mx.float32) for name, a in tensors.items()}
+    mx.save_safetensors(str(file), arrays)
+
+
+def test_similar_codes_are_the_nearest_of_the_first_codebook(tmp_path):
+    places = np.array([[0, 10, 1, 30, 2, 50, 3, 4], range(8)])
+    write_codebooks(
+        tmp_path / "mimi.safetensors", np.stack([places, places], axis=2), np.ones((2, 3, 2, 1))
+    )
     near = similar_codes(tmp_path / "mimi.safetensors")
     assert near.shape == (8, SIMILAR)
     assert near[0].tolist() == [2, 4, 6, 7, 1]
@@ -526,19 +534,16 @@ def test_similar_codes_are_the_nearest_of_the_first_codebook(tmp_path):
 
 def test_a_user_is_embedded_by_the_codecs_own_vectors(tmp_path):
     rng = np.random.default_rng(0)
-    vectors, out = rng.standard_normal((BINS, 4)), rng.standard_normal((6, 4, 1))
-    usage = rng.uniform(1, 9, BINS)
-    tensors = {
-        "layers.0._codebook.cluster_usage": usage,
-        "layers.0._codebook.embedding_sum": vectors * usage[:, None],
-    }
-    tensors = {f"quantizer.rvq_first.vq.{name}": array for name, array in tensors.items()}
-    tensors["quantizer.rvq_first.output_proj.weight"] = out
-    file = tmp_path / "mimi.safetensors"
-    mx.save_safetensors(str(file), {n: mx.array(a, mx.float32) for n, a in tensors.items()})
-    table = np.array(ears(file, 6))
-    want = (vectors - vectors.mean(axis=0)) @ out[..., 0].T
-    assert not table[BINS].any() and np.square(table[:BINS]).mean() == pytest.approx(LOUD**2)
-    np.testing.assert_allclose(table[:BINS] / table[0, 0], want / want[0, 0], rtol=1e-3, atol=1e-4)
+    vectors, ways = rng.standard_normal((CODEBOOKS, BINS, 4)), rng.standard_normal((2, 6, 4, 1))
+    write_codebooks(tmp_path / "mimi.safetensors", vectors, ways)
+    tables = ears(tmp_path / "mimi.safetensors", 6)
+    assert len(tables) == CODEBOOKS
+    want = [v - v.mean(axis=0) for v in vectors]
+    want = [v @ ways[min(number, 1)][..., 0].T for number, v in enumerate(want)]
+    loud = LOUD / np.sqrt(np.square(want[0]).mean())
+    for number, (table, latents) in enumerate(zip(tables, want, strict=True)):
+        assert not np.array(table[BINS]).any()
+        latents = latents * loud * (LOUDER if number else 1)
+        np.testing.assert_allclose(table[:BINS], latents, rtol=1e-4, atol=1e-5)
     with pytest.raises(SystemExit, match="latents, the model is 8 wide"):
-        ears(file, 8)
+        ears(tmp_path / "mimi.safetensors", 8)

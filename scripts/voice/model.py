@@ -25,8 +25,8 @@ from .world import FACTS, HELD_OUT_FACTS, KEYS, SMALL_TALK, answered, asked, tol
 
 CODEBOOKS, BINS = 8, 256
 WINDOW = 96  # frames: 7.7 s
-FIRST = "quantizer.rvq_first."  # where the first codebook is in a codec's file
-LOUD = 0.4  # of a user's first codebook, beside 0.07 of all other embeddings
+LOUD = 0.4  # of a user's first codebook, beside 0.07 of all embeddings that start at random
+LOUDER = 4  # the others, than the codec has them beside the first
 
 
 def codec_config(mimi: Path) -> dict:
@@ -117,21 +117,18 @@ def train_tokenizer(path: Path) -> int:
     return sentencepiece.SentencePieceProcessor(str(path)).get_piece_size()
 
 
-def read_first(mimi: Path) -> dict[str, mx.array]:
-    """What a codec's file has of its first codebook, float32."""
-    tensors = mx.load(str(mimi)).items()
-    return {n[len(FIRST) :]: a.astype(mx.float32) for n, a in tensors if n.startswith(FIRST)}
+def codebook(mimi: Path, number: int = 0) -> tuple[mx.array, mx.array]:
+    """Of a codec's file: vectors `[BINS, n]`, and their way to latents `[n, dim]`, float32."""
+    name, layer = ("first", 0) if number == 0 else ("rest", number - 1)
+    tensors, place = mx.load(str(mimi)), f"quantizer.rvq_{name}."
+    book = f"{place}vq.layers.{layer}._codebook"
+    usage = mx.maximum(tensors[f"{book}.cluster_usage"].astype(mx.float32), 1e-5)
+    vectors = tensors[f"{book}.embedding_sum"].astype(mx.float32) / usage[:, None]
+    return vectors, tensors[f"{place}output_proj.weight"][..., 0].T.astype(mx.float32)
 
 
-def codebook(first: dict[str, mx.array]) -> mx.array:
-    """The vectors of its codes, `[BINS, n]`."""
-    book = "vq.layers.0._codebook"
-    usage = mx.maximum(first[f"{book}.cluster_usage"], 1e-5)
-    return first[f"{book}.embedding_sum"] / usage[:, None]
-
-
-def ears(mimi: Path, width: int) -> mx.array:
-    """How a user's first codebook is embedded at first: by the vectors that the codec has for its codes.
+def ears(mimi: Path, width: int) -> list[mx.array]:
+    """How a user's codebooks are embedded at first: by the vectors that the codec has for their codes.
 
     What sounds alike looks alike then; from random vectors a model has to find that out, code by code,
     before it can hear a word (docs/voice.md).
@@ -141,15 +138,18 @@ def ears(mimi: Path, width: int) -> mx.array:
         width: of the model, as many as the codec's latents have.
 
     Returns:
-        float32 `[BINS + 1, width]`; the last row, of no code, is 0.
+        `CODEBOOKS` arrays, float32 `[BINS + 1, width]`; the last row, of no code, is 0.
     """
-    first = read_first(mimi)
-    vectors = codebook(first) @ first["output_proj.weight"][..., 0].T
-    if vectors.shape != (BINS, width):
-        raise SystemExit(f"{mimi}: {vectors.shape} latents, the model is {width} wide")
-    vectors = vectors - mx.mean(vectors, axis=0)
-    loud = LOUD * vectors / mx.sqrt(mx.mean(mx.square(vectors)))
-    return mx.concatenate([loud, mx.zeros((1, width))])
+    tables = []
+    for number in range(CODEBOOKS):
+        vectors, way = codebook(mimi, number)
+        latents = vectors @ way
+        if latents.shape != (BINS, width):
+            raise SystemExit(f"{mimi}: {latents.shape} latents, the model is {width} wide")
+        tables.append(latents - mx.mean(latents, axis=0))
+    loud = LOUD / mx.sqrt(mx.mean(mx.square(tables[0])))
+    tables = [loud * tables[0], *(loud * LOUDER * table for table in tables[1:])]
+    return [mx.concatenate([table, mx.zeros((1, width))]) for table in tables]
 
 
 def main() -> None:
@@ -165,7 +165,8 @@ def main() -> None:
     (args.out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     lm = Lm(LmConfig.from_config_dict(about))
     arrays = dict(tree_flatten(lm.parameters()))
-    arrays[f"audio_embs.{CODEBOOKS}.weight"] = ears(args.mimi, about["dim"])
+    for number, table in enumerate(ears(args.mimi, about["dim"])):
+        arrays[f"audio_embs.{CODEBOOKS + number}.weight"] = table
     mx.save_safetensors(str(args.out / "model.safetensors"), arrays, {"format": "mlx"})
     shutil.copy(args.mimi, args.out / "mimi.safetensors")
     # For `train --kept`: as the model says them, and as it does in a hasty talk.

@@ -23,7 +23,7 @@ from rich.progress import track
 from moshi_ttt_mlx.train.data import NOTHING, Shard, find_shards, unlearned, write_shard
 from moshi_ttt_mlx.train.interleave import END_OF_PADDING, PADDING
 
-from .model import codebook, read_first
+from .model import codebook
 from .talks import FRAME, RATE, REPLY_AFTER, Deck, Mix, chat, deck
 from .world import ALL_VALUES, KEYS, Exchange, Fact
 
@@ -315,7 +315,7 @@ PLANS: dict[str, Callable[[Remix, int], None]] = {
 
 def similar_codes(mimi: Path) -> np.ndarray:
     """For each code of the first codebook those nearest to it, int32 `[codes, SIMILAR]`."""
-    vectors = np.array(codebook(read_first(mimi)), np.float64)
+    vectors = np.array(codebook(mimi)[0], np.float64)
     distances = np.square(vectors[:, None] - vectors[None]).sum(axis=-1)
     return np.argsort(distances, axis=1)[:, 1 : 1 + SIMILAR].astype(np.int32)
 
