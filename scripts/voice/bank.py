@@ -43,7 +43,8 @@ from .world import (
 LOUDNESS = 0.06  # root mean square, of full scale
 TOLD, ASKED, SMALL = 20, 8, 4  # sentences of a training voice
 FOREIGN, BLENDS = 8, 44  # Kokoro's voices for other languages, and means of two
-# Men and women who are made less like another one: means of two are more alike than people are.
+# Pairs drawn, some twice, of which one is made less like the other: means of two are more alike than
+# people are. More of men, who were heard worst.
 APART = {"m": 42, "f": 30}
 ESPEAK = ("en-us+m3", "en-us+f2")
 REAL_SECONDS = 1.6
@@ -84,7 +85,7 @@ def user_sentences(voice: str) -> list[str]:
 
 
 def training_voices(voices: list[str]) -> list[str]:
-    """Kokoro's, blends, espeak-ng's, and made ones; never those kept for testing."""
+    """Kokoro's, blends, espeak-ng's, all other men, pairs apart; never those kept for testing."""
     rng = random.Random(0)
     kept = [v for v in voices if v not in HELD_OUT_VOICES and v != MOSHI_VOICE]
     english = [v for v in kept if v[0] in "ab"]
@@ -92,7 +93,6 @@ def training_voices(voices: list[str]) -> list[str]:
     blends = ["+".join(rng.sample(english, 2)) for _ in range(BLENDS)]
     chosen = [*english, *foreign, *blends]
     rng.shuffle(chosen)
-    # More of a kind that is rare so far: two of three of the English voices are women's.
     more = [v for v in kept if v[1] == "m" and v not in chosen]
     for sex, count in APART.items():
         alike = [v for v in english if v[1] == sex]
