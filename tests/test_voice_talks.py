@@ -522,7 +522,7 @@ def write_codebooks(file, vectors, ways):
 
 
 def test_similar_codes_are_the_nearest_of_the_first_codebook(tmp_path):
-    places = np.array([[0, 10, 1, 30, 2, 50, 3, 4], range(8)])
+    places = np.array([[0, 10, 1, 30, 2, 50, 3, 4], *[range(8)] * (CODEBOOKS - 1)])
     write_codebooks(
         tmp_path / "mimi.safetensors", np.stack([places, places], axis=2), np.ones((2, 3, 2, 1))
     )

@@ -52,10 +52,11 @@ def main() -> None:
     parser.add_argument("--plan", choices=PLANS, required=True)
     parser.add_argument("--talks", type=int, default=100)
     parser.add_argument("--frames", type=int, default=768)
+    parser.add_argument("--voices", nargs="+", help="of the users (default: all to learn from)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    voices = training_voices(args.bank)
+    voices = args.voices or training_voices(args.bank)
     rows = []
     for number in track(range(args.talks), f"{args.plan} talks"):
         rng = random.Random(f"{args.seed} {args.plan} {number}")

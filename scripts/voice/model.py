@@ -117,14 +117,18 @@ def train_tokenizer(path: Path) -> int:
     return sentencepiece.SentencePieceProcessor(str(path)).get_piece_size()
 
 
-def codebook(mimi: Path, number: int = 0) -> tuple[mx.array, mx.array]:
-    """Of a codec's file: vectors `[BINS, n]`, and their way to latents `[n, dim]`, float32."""
-    name, layer = ("first", 0) if number == 0 else ("rest", number - 1)
-    tensors, place = mx.load(str(mimi)), f"quantizer.rvq_{name}."
-    book = f"{place}vq.layers.{layer}._codebook"
-    usage = mx.maximum(tensors[f"{book}.cluster_usage"].astype(mx.float32), 1e-5)
-    vectors = tensors[f"{book}.embedding_sum"].astype(mx.float32) / usage[:, None]
-    return vectors, tensors[f"{place}output_proj.weight"][..., 0].T.astype(mx.float32)
+def codebooks(mimi: Path) -> list[tuple[mx.array, mx.array]]:
+    """Of a codec's file, each codebook's vectors `[BINS, n]` and their way to latents `[n, dim]`, float32."""
+    tensors, books = mx.load(str(mimi)), []
+    for number in range(CODEBOOKS):
+        name, layer = ("first", 0) if number == 0 else ("rest", number - 1)
+        place = f"quantizer.rvq_{name}."
+        book = f"{place}vq.layers.{layer}._codebook"
+        usage = mx.maximum(tensors[f"{book}.cluster_usage"].astype(mx.float32), 1e-5)
+        vectors = tensors[f"{book}.embedding_sum"].astype(mx.float32) / usage[:, None]
+        way = tensors[f"{place}output_proj.weight"][..., 0].T.astype(mx.float32)
+        books.append((vectors, way))
+    return books
 
 
 def ears(mimi: Path, width: int) -> list[mx.array]:
@@ -141,8 +145,7 @@ def ears(mimi: Path, width: int) -> list[mx.array]:
         `CODEBOOKS` arrays, float32 `[BINS + 1, width]`; the last row, of no code, is 0.
     """
     tables = []
-    for number in range(CODEBOOKS):
-        vectors, way = codebook(mimi, number)
+    for vectors, way in codebooks(mimi):
         latents = vectors @ way
         if latents.shape != (BINS, width):
             raise SystemExit(f"{mimi}: {latents.shape} latents, the model is {width} wide")

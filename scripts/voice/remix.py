@@ -23,7 +23,7 @@ from rich.progress import track
 from moshi_ttt_mlx.train.data import NOTHING, Shard, find_shards, unlearned, write_shard
 from moshi_ttt_mlx.train.interleave import END_OF_PADDING, PADDING
 
-from .model import codebook
+from .model import codebooks
 from .talks import FRAME, RATE, REPLY_AFTER, Deck, Mix, chat, deck
 from .world import ALL_VALUES, KEYS, Exchange, Fact
 
@@ -310,12 +310,15 @@ PLANS: dict[str, Callable[[Remix, int], None]] = {
     "far": partial(
         chat, mix=Mix(far=(90, 800), p_near=0.3, p_fact=0.6, p_pause=0.05, again=0.7, most=7)
     ),
+    "farther": partial(
+        chat, mix=Mix(far=(600, 1600), p_near=0.2, p_fact=0.6, p_pause=0.05, again=0.7, most=7)
+    ),
 }
 
 
 def similar_codes(mimi: Path) -> np.ndarray:
     """For each code of the first codebook those nearest to it, int32 `[codes, SIMILAR]`."""
-    vectors = np.array(codebook(mimi)[0], np.float64)
+    vectors = np.array(codebooks(mimi)[0][0], np.float64)
     distances = np.square(vectors[:, None] - vectors[None]).sum(axis=-1)
     return np.argsort(distances, axis=1)[:, 1 : 1 + SIMILAR].astype(np.int32)
 
