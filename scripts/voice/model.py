@@ -118,7 +118,7 @@ def train_tokenizer(path: Path) -> int:
 
 
 def codebooks(mimi: Path) -> list[tuple[mx.array, mx.array]]:
-    """Of a codec's file, each codebook's vectors `[BINS, n]` and their way to latents `[n, dim]`, float32."""
+    """Of a codec's file, each codebook's vectors `[BINS, n]` and way to latents `[n, dim]`, float32."""
     tensors, books = mx.load(str(mimi)), []
     for number in range(CODEBOOKS):
         name, layer = ("first", 0) if number == 0 else ("rest", number - 1)
