@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from voice import talks
 from voice.bank import find, moshi_pieces, slug, training_voices, trimmed, user_sentences
 from voice.clips import Voice, cut_of
+from voice.kokoro import style
 from voice.model import BINS, CODEBOOKS, LOUD, LOUDER, ears
 from voice.remix import (
     LATE,
@@ -114,6 +115,22 @@ def test_training_voices_say_no_held_out_fact_and_are_no_voices_for_testing():
     held_out = {slug(f"Remember, my {k} is {v}.") for k, v in HELD_OUT_FACTS}
     for voice in voices:
         assert not held_out & {slug(text) for text in user_sentences(voice)}
+
+
+def test_a_voice_may_be_the_mean_of_two_and_beyond_a_third(tmp_path):
+    rng = np.random.default_rng(0)
+    one, two, other = rng.standard_normal((3, 510 * 256)).astype(np.float32)
+    for name, voice in ("am_one", one), ("am_two", two), ("bf_other", other):
+        voice.tofile(tmp_path / f"{name}.bin")
+    for name, wanted in (
+        ("am_one", one),
+        ("am_one+am_two", (one + two) / 2),
+        ("am_one-bf_other", 1.4 * one - 0.4 * other),
+        ("am_one+am_two-bf_other", 0.7 * (one + two) - 0.4 * other),
+    ):
+        made = style(tmp_path, name)
+        assert made.shape == (510, 256) and made.dtype == np.float32
+        np.testing.assert_allclose(made.ravel(), wanted, atol=1e-5)
 
 
 def test_a_name_of_a_clip_is_its_words():

@@ -70,6 +70,25 @@ class Said(NamedTuple):
     begin: int
 
 
+@cache
+def style(folder: Path, voice: str) -> np.ndarray:
+    """What makes a voice, by the length of what it says: float32 `[510, 256]`.
+
+    Args:
+        folder: of Kokoro's voices.
+        voice: one of them; `one+two`, the mean; with `-another` behind either, beyond it from that.
+    """
+    like, *unlike = (
+        np.mean(
+            [np.fromfile(folder / f"{name}.bin", np.float32) for name in part.split("+")], axis=0
+        )
+        for part in voice.split("-")
+    )
+    for other in unlike:
+        like = like + BEYOND * (like - other)
+    return like.reshape(-1, 256)
+
+
 class Kokoro:
     """The model and its voices.
 
@@ -99,20 +118,10 @@ class Kokoro:
         """Names: language, sex and name, `af_heart`."""
         return sorted(path.stem for path in (self._folder / "voices").glob("*.bin"))
 
-    @cache  # noqa: B019 (one model lives as long as its process)
-    def _styles(self, voice: str) -> np.ndarray:
-        """`[510, 256]`, by length; of a blend `one+other`, the mean; of `one-other`, beyond `one`."""
-        folder = self._folder / "voices"
-        names = re.split(r"[+-]", voice)
-        parts = [np.fromfile(folder / f"{name}.bin", np.float32) for name in names]
-        shares = (1 + BEYOND, -BEYOND) if "-" in voice else None
-        style = np.average(parts, axis=0, weights=shares).astype(np.float32)
-        return style.reshape(-1, 256)
-
     def say(self, text: str, voice: str, speed: float = 1.0) -> Said:
-        """A sentence; a voice is one of `voices`, or of two: `af_sky+am_puck`, `am_eric-am_adam`."""
+        """A sentence; a voice is one of `voices`, or made of some (`style`)."""
         symbols = "".join(c for c in phonemes(text) if c in self._ids)
-        styles = self._styles(voice)
+        styles = style(self._folder / "voices", voice)
         inputs = {
             "input_ids": np.array([[0, *(self._ids[c] for c in symbols), 0]], np.int64),
             "style": styles[min(len(symbols), len(styles) - 1)][None],
