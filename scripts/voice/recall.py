@@ -1,6 +1,6 @@
 """Does it remember? Facts told by voices it never heard, asked some windows later.
 
-    python -m voice.recall MODEL BANK OUT [--memory on] [--windows 2 4 8 16] [--rows 8]   (in scripts/)
+    python -m voice.recall MODEL BANK OUT [--memory on] [--seeds 0 1] [--windows 2 4]     (in scripts/)
 
 Talks of `talks.probe` go through the model's codec, then frame by frame and greedily through the
 generator, which feeds on what it says itself. `OUT/results.json` has every question; with `--clips N`
@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -35,6 +36,7 @@ ANSWER = 40  # frames in which an answer has to come
 class Answer:
     """What came back to one turn of the user."""
 
+    seed: int
     row: int
     windows: float
     voice: str
@@ -104,7 +106,7 @@ def is_right(said: str, turn: Turn) -> bool:
 
 
 def answers(
-    model: Model, talks: Sequence[Talk], tokens: np.ndarray, windows: float
+    model: Model, talks: Sequence[Talk], tokens: np.ndarray, seed: int, windows: float
 ) -> list[Answer]:
     """Every turn of the user, judged by the text stream."""
     found = []
@@ -113,7 +115,7 @@ def answers(
             said = words_after(model, tokens[row], turn)
             probed = turn.key in talk.probed
             about = (turn.kind, turn.key, turn.value, probed, said, is_right(said, turn))
-            found.append(Answer(row, windows, talk.voice, *about))
+            found.append(Answer(seed, row, windows, talk.voice, *about))
     return found
 
 
@@ -140,32 +142,41 @@ def save_clips(model: Model, talks, sound: np.ndarray, out: Path, name: str, mos
 
 def was_heard(answer: Answer, found: list[Answer]) -> bool:
     """Whether the fact that is asked for was repeated rightly when it was told."""
-    fact = (answer.windows, answer.row, answer.key, answer.value)
-    told = [a for a in found if a.kind == "tell" and (a.windows, a.row, a.key, a.value) == fact]
-    return all(a.right for a in told)
+
+    def fact(a: Answer) -> tuple:
+        return a.seed, a.windows, a.row, a.key, a.value
+
+    return all(a.right for a in found if a.kind == "tell" and fact(a) == fact(answer))
+
+
+def line(name: str, found: list[Answer]) -> str:
+    """How many of some answers are right."""
+    asked = [a for a in found if a.kind == "ask" and a.probed]
+    parts = []
+    for what, some in (
+        ("asked", asked),
+        ("asked of what was heard", [a for a in asked if was_heard(a, found)]),
+        ("told", [a for a in found if a.kind == "tell" and a.probed]),
+        ("small talk", [a for a in found if a.kind == "talk"]),
+    ):
+        if some:
+            right = sum(a.right for a in some)
+            parts.append(f"{what} {right} of {len(some)}, {100 * right / len(some):.1f} %")
+    return f"{name}: " + "; ".join(parts)
 
 
 def table(found: list[Answer]) -> str:
-    """Shares of right answers by distance."""
-    lines = []
-    for windows in sorted({a.windows for a in found}):
-        here = [a for a in found if a.windows == windows and (a.probed or a.kind == "talk")]
-        parts = []
-        for name, some in (
-            ("asked", [a for a in here if a.kind == "ask"]),
-            (
-                "asked of what was heard",
-                [a for a in here if a.kind == "ask" and was_heard(a, here)],
-            ),
-            ("told", [a for a in here if a.kind == "tell"]),
-            ("small talk", [a for a in here if a.kind == "talk"]),
-        ):
-            if some:
-                parts.append(
-                    f"{name} {100 * np.mean([a.right for a in some]):.1f} % of {len(some)}"
-                )
-        lines.append(f"{windows:g} windows: " + ", ".join(parts))
-    return "\n".join(lines)
+    """Right answers by distance; and beyond the window by voice and in all."""
+    beyond = [a for a in found if a.windows > 1]
+    lines = [
+        line(f"{windows:g} windows", [a for a in found if a.windows == windows])
+        for windows in sorted({a.windows for a in found})
+    ]
+    lines += [
+        line(f"beyond, {voice}", [a for a in beyond if a.voice == voice])
+        for voice in sorted({a.voice for a in beyond})
+    ]
+    return "\n".join([*lines, line("beyond the window", beyond), line("all", found)])
 
 
 def main() -> None:
@@ -177,9 +188,14 @@ def main() -> None:
     parser.add_argument("--memory", choices=["on", "frozen", "off"], default="on")
     parser.add_argument("--windows", type=float, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--rows", type=int, default=8, help="talks, of six questions each")
-    parser.add_argument("--clips", type=int, default=0, help="answers to keep as sound, a distance")
+    parser.add_argument(
+        "--clips",
+        type=int,
+        default=0,
+        help="answers to keep as sound, a distance, of the first seed",
+    )
     parser.add_argument("--voices", nargs="+", default=HELD_OUT_VOICES, help="of the users")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="as many talks for each")
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)
     model = load(args.model, adapter_path=args.adapter_path)
@@ -187,15 +203,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     found = []
     with Progress() as bar:
-        for windows in args.windows:
-            talks = make_talks(
-                args.bank, round(windows * window), args.rows, args.seed, args.voices
-            )
+        for seed, windows in product(args.seeds, args.windows):
+            talks = make_talks(args.bank, round(windows * window), args.rows, seed, args.voices)
             codes = heard(model, talks)
-            task = bar.add_task(f"{windows:g} windows", total=codes.shape[2])
+            task = bar.add_task(f"seed {seed}, {windows:g} windows", total=codes.shape[2])
             tokens, sound = replies(model, codes, args.memory, lambda t=task: bar.advance(t))
-            found += answers(model, talks, tokens, windows)
-            if args.clips:
+            found += answers(model, talks, tokens, seed, windows)
+            if args.clips and seed == args.seeds[0]:
                 save_clips(model, talks, sound, args.out, f"{windows:g}w", args.clips)
     (args.out / "results.json").write_text(json.dumps([asdict(a) for a in found], indent=1))
     print(table(found))
