@@ -11,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 from voice.remix import read_library
 from voice.tapes import pack, unpack
+from voice.world import KEYS
 
 from moshi_ttt_mlx.train.data import find_shards, write_shard
 
-TAPES = Path(__file__).parent.parent / "scripts" / "voice" / "tapes.npz"
+VOICE = Path(__file__).parent.parent / "scripts" / "voice"
 
 
 def write_talks(folder, number, most=256):
@@ -49,8 +50,10 @@ def test_a_token_that_needs_more_than_a_byte_is_refused(tmp_path):
     assert not (tmp_path / "tapes.npz").exists()
 
 
-def test_the_tapes_of_the_demo_are_there(tmp_path):
-    assert unpack(TAPES, tmp_path) == 770
+@pytest.mark.parametrize("name, talks, told", [("tapes", 770, 26_246), ("more_tapes", 220, 8_063)])
+def test_the_tapes_of_the_demo_are_there(name, talks, told, tmp_path):
+    assert unpack(VOICE / f"{name}.npz", tmp_path) == talks
     library = read_library([(tmp_path / "talks", tmp_path / "shards")])
-    assert sum(map(len, library.told.values())) == 26_246
-    assert {len(library.words[word]) > 0 for word in library.words} == {True}
+    assert sum(map(len, library.told.values())) == told
+    assert {fact.key for fact in library.told} == set(KEYS)
+    assert bool(library.words) == (name == "tapes")
