@@ -1,4 +1,4 @@
-"""The small Mimi in PyTorch, in Kyutai's own modules: its shape, and its file in Kyutai's layout."""
+"""The small Mimi in PyTorch, of Kyutai's own modules: its shape, its way back to sound, its file."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .kokoro import SAMPLE_RATE
 
@@ -68,6 +68,11 @@ def mimi_config(units: int) -> dict:
             "output_dimensions": [dim],
         },
     }
+
+
+def decoded(mimi: nn.Module, latents: Tensor) -> Tensor:
+    """Latents `[B, dim, frames]` as sound `[B, 1, N]`; with gradient, unlike Kyutai's `decode`."""
+    return mimi.decoder(mimi.decoder_transformer(mimi.upsample(latents))[0])
 
 
 # The published file is older than the modules: one projection for all codebooks.

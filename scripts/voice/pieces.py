@@ -159,6 +159,7 @@ def piece(own: list[Clip], users: list[Clip], rng: random.Random, own_share: flo
 
 
 def batch_of(pieces: list[Piece]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sound `[B, 1, FRAMES * FRAME]`, phonemes and words, as a piece has them."""
     pcm = torch.from_numpy(np.stack([p.pcm for p in pieces]))[:, None]
     phonemes = torch.from_numpy(np.stack([p.phonemes for p in pieces]))
     return pcm, phonemes, torch.from_numpy(np.stack([p.words for p in pieces]))

@@ -43,3 +43,8 @@ class SpectralLoss(nn.Module):
             distance = self.log_mel(ours, fft) - self.log_mel(theirs, fft)
             losses.append(distance.abs().mean() + 0.3 * distance.square().mean())
         return sum(losses) / len(SCALES)
+
+
+def sound_losses(spectral: SpectralLoss, made: Tensor, pcm: Tensor) -> dict[str, Tensor]:
+    """How far what came back from the codes, `[B, 1, N]`, is from what went in."""
+    return {"spectrum": spectral(made[:, 0], pcm[:, 0]), "wave": (made - pcm).abs().mean()}

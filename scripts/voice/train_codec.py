@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from moshi.models.loaders import get_mimi
 from torch import Tensor, nn
 
-from .codec_file import mimi_config, save
+from .codec_file import decoded, mimi_config, save
 from .kokoro import SAMPLE_RATE
 from .means import Means
 from .pieces import FRAME, SUB_FRAMES, UNKNOWN, Labels, Piece, batch_of, piece, read_clips
-from .spectral import SpectralLoss
+from .spectral import SpectralLoss, sound_losses
 from .world import HELD_OUT_VOICES
 
 WARMUP = 500  # steps until the first codebook is quantized nine times of ten
@@ -87,19 +87,10 @@ class Autoencoder(nn.Module):
         first = mimi.quantizer.rvq_first(latents, mimi.frame_rate)
         rest = mimi.quantizer.rvq_rest(latents, mimi.frame_rate)
         return (
-            self.heard(first.x.detach() + rest.x, pcm)
+            sound_losses(self.spectral, decoded(mimi, first.x.detach() + rest.x), pcm)
             | {"commit": first.penalty + 7 * rest.penalty}
             | self.understood(first.x.transpose(1, 2), phonemes, words)
         )
-
-    def heard(self, quantized: Tensor, pcm: Tensor) -> dict[str, Tensor]:
-        """How far what comes back from the codes is from what went in."""
-        mimi = self.mimi
-        out = mimi.decoder(mimi.decoder_transformer(mimi.upsample(quantized))[0])
-        return {
-            "spectrum": self.spectral(out[:, 0], pcm[:, 0]),
-            "wave": (out - pcm).abs().mean(),
-        }
 
     def understood(self, first: Tensor, phonemes: Tensor, words: Tensor) -> dict[str, Tensor]:
         """Cross entropies of phonemes and words, and shares of wrong ones.

@@ -13,28 +13,17 @@ from pathlib import Path
 
 import torch
 from moshi.models.loaders import get_mimi
-from torch import Tensor, nn
+from torch import nn
 
 from .adversary import Adversary, balanced
-from .codec_file import load, mimi_config, save
+from .codec_file import decoded, load, mimi_config, save
 from .means import Means
 from .pieces import Labels, batch_of, piece, read_clips
-from .spectral import SpectralLoss
+from .spectral import SpectralLoss, sound_losses
 
 ALONE = 60  # updates in which the adversary learns alone
 # Of the decoder's gradient; of the losses that there are.
 SHARES = {"spectrum": 2.0, "wave": 0.2, "passing": 2.0, "alike": 4.0}
-
-
-def quantized(mimi: nn.Module, pcm: Tensor) -> Tensor:
-    """What a decoder is given: `[B, dim, frames]` of sound `[B, 1, N]`."""
-    with torch.no_grad():
-        return mimi.decode_latent(mimi.encode(pcm))
-
-
-def sound_of(mimi: nn.Module, latents: Tensor) -> Tensor:
-    """The inverse, `[B, 1, N]`, with gradient."""
-    return mimi.decoder(mimi.decoder_transformer(mimi.upsample(latents))[0])
 
 
 def main() -> None:
@@ -72,8 +61,10 @@ def main() -> None:
     means = Means()
     for step in range(1 - (ALONE if adversary else 0), args.steps + 1):
         pcm, *_ = batch_of([piece(own, users, rng, args.own) for _ in range(args.batch)])
-        made = sound_of(mimi, quantized(mimi, pcm))
-        losses = {"spectrum": spectral(made[:, 0], pcm[:, 0]), "wave": (made - pcm).abs().mean()}
+        with torch.no_grad():
+            latents = mimi.decode_latent(mimi.encode(pcm))
+        made = decoded(mimi, latents)
+        losses = sound_losses(spectral, made, pcm)
         if adversary:
             judged = adversary.judged(pcm[:, 0], made[:, 0])
             against.zero_grad()
