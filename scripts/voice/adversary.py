@@ -14,6 +14,7 @@ SCALES = (2048, 1024, 512)  # FFT lengths; hops are a quarter
 CHANNELS = 16
 DILATIONS = (1, 2, 4)  # in time, of the layers that halve the frequencies
 SLOPE = 0.2
+BETAS = 0.5, 0.9  # of both optimizers while two learn against each other
 LOUD = 12.0  # speech is about 0.08 loud: from spectra so faint a critic learns slowly
 
 
@@ -57,15 +58,19 @@ class Critic(nn.Module):
         return self.last(xs), features
 
 
-class Adversary(nn.Module):
-    """Critics at several scales."""
+class Adversary:
+    """Critics at several scales, and how they learn.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Args:
+        rate: of learning.
+    """
+
+    def __init__(self, rate: float) -> None:
         self.critics = nn.ModuleList(Critic(fft) for fft in SCALES)
+        self._optimizer = torch.optim.AdamW(self.critics.parameters(), rate, BETAS)
 
-    def judged(self, real: Tensor, made: Tensor) -> Tensor:
-        """What the adversary itself learns from: a hinge, mean over scales.
+    def learn(self, real: Tensor, made: Tensor) -> Tensor:
+        """One update; the loss before it, a hinge, mean over scales.
 
         Args:
             real, made: `[B, N]`; no gradient reaches `made`.
@@ -74,7 +79,12 @@ class Adversary(nn.Module):
             F.relu(1 - critic(real)[0]).mean() + F.relu(1 + critic(made.detach())[0]).mean()
             for critic in self.critics
         ]
-        return sum(losses) / len(losses)
+        loss = sum(losses) / len(losses)
+        self._optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.critics.parameters(), 1.0)
+        self._optimizer.step()
+        return loss.detach()
 
     def fooled(self, real: Tensor, made: Tensor) -> dict[str, Tensor]:
         """What the decoder learns from: to pass for real, and to look so in every layer.

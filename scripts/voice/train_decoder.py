@@ -15,7 +15,7 @@ import torch
 from moshi.models.loaders import get_mimi
 from torch import nn
 
-from .adversary import Adversary, balanced
+from .adversary import BETAS, Adversary, balanced
 from .codec_file import decoded, load, mimi_config, save
 from .means import Means
 from .pieces import Labels, batch_of, piece, read_clips
@@ -50,14 +50,12 @@ def main() -> None:
     load(mimi, args.codec)
     learning = [mimi.upsample, mimi.decoder_transformer, mimi.decoder]
     weights = [weight for part in learning for weight in part.parameters()]
-    betas = (0.5, 0.9) if args.adversary else (0.8, 0.98)
+    betas = BETAS if args.adversary else (0.8, 0.98)
     optimizer = torch.optim.AdamW(weights, args.rate, betas, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.rate, total_steps=args.steps, pct_start=0.05, final_div_factor=20
     )
-    adversary = Adversary() if args.adversary else None
-    if adversary:
-        against = torch.optim.AdamW(adversary.parameters(), 2 * args.rate, betas)
+    adversary = Adversary(2 * args.rate) if args.adversary else None
     means = Means()
     for step in range(1 - (ALONE if adversary else 0), args.steps + 1):
         pcm, *_ = batch_of([piece(own, users, rng, args.own) for _ in range(args.batch)])
@@ -66,12 +64,7 @@ def main() -> None:
         made = decoded(mimi, latents)
         losses = sound_losses(spectral, made, pcm)
         if adversary:
-            judged = adversary.judged(pcm[:, 0], made[:, 0])
-            against.zero_grad()
-            judged.backward()
-            nn.utils.clip_grad_norm_(adversary.parameters(), 1.0)
-            against.step()
-            means.add({"judged": judged})
+            means.add({"judged": adversary.learn(pcm[:, 0], made[:, 0])})
         if step > 0:
             losses |= adversary.fooled(pcm[:, 0], made[:, 0]) if adversary else {}
             optimizer.zero_grad()
