@@ -9,12 +9,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 torch = pytest.importorskip("torch", reason="PyTorch is needed to train the codec only")
 from voice.adversary import Adversary, balanced  # noqa: E402
+from voice.spectral import SpectralLoss  # noqa: E402
 
 
 @pytest.fixture
 def adversary():
     torch.manual_seed(0)
-    return Adversary(rate=5e-3)
+    return Adversary(SpectralLoss(), rate=5e-3)
 
 
 def noise(seed, loud=0.1):

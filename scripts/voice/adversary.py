@@ -1,57 +1,48 @@
 """An adversary for the codec's decoder: it learns to tell speech from what the decoder makes.
 
 Spectral losses alone are least where a decoder gives the mean of all that may have been said: harmonics
-blur, and noise becomes tones. An adversary sees that at once (multi-scale STFT discriminators: Défossez
-et al. 2022, arXiv 2210.13438, section 3.4; Mimi: arXiv 2410.00037, section 3.3). Here it is small, so
-that two CPU cores can bear it.
+blur, and noise becomes tones. An adversary sees that at once (discriminators at several scales: Défossez
+et al. 2022, arXiv 2210.13438, section 3.4; Mimi: arXiv 2410.00037, section 3.3). Here it sees log-mel
+spectra, without phases: a decoder as small as this one cannot follow them, and what it did instead
+was understood by fewer (docs/voice.md).
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SCALES = (2048, 1024, 512)  # FFT lengths; hops are a quarter
-CHANNELS = 16
-DILATIONS = (1, 2, 4)  # in time, of the layers that halve the frequencies
+from .spectral import SpectralLoss
+
+SCALES = (2048, 1024, 512)  # FFT lengths, of those that the spectral loss has
+CHANNELS = 32
+DILATIONS = (1, 2, 4)  # in time, of the layers that halve the bands
 SLOPE = 0.2
 BETAS = 0.5, 0.9  # of both optimizers while two learn against each other
-LOUD = 12.0  # speech is about 0.08 loud: from spectra so faint a critic learns slowly
+CENTRE, SPREAD = -3.0, 3.0  # of log-mel spectra, roughly
 
 
 class Critic(nn.Module):
-    """One scale: convolutions over the complex spectrum.
-
-    Args:
-        fft: length.
+    """One scale: convolutions over time and bands of a log-mel spectrum.
 
     Shape:
-        - Input: `[B, N]`.
-        - Output: logits `[B, 1, frames, bins]`, and what each layer before them gave.
+        - Input: `[B, frames, bands]`.
+        - Output: logits `[B, 1, frames, fewer bands]`, and what each layer before them gave.
     """
 
-    def __init__(self, fft: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.fft = fft
-        self.register_buffer("window", torch.hann_window(fft))
-        wide = [nn.Conv2d(2, CHANNELS, (3, 9), padding=(1, 4))]
-        for dilation in DILATIONS:
-            wide.append(
-                nn.Conv2d(CHANNELS, CHANNELS, (3, 9), (1, 2), (dilation, 4), dilation=(dilation, 1))
-            )
-        wide.append(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1))
-        self.layers = nn.ModuleList(nn.utils.parametrizations.weight_norm(c) for c in wide)
+        layers = [nn.Conv2d(1, CHANNELS, (3, 7), padding=(1, 3))]
+        for step in DILATIONS:
+            shape = {"stride": (1, 2), "padding": (step, 3), "dilation": (step, 1)}
+            layers.append(nn.Conv2d(CHANNELS, CHANNELS, (3, 7), **shape))
+        layers.append(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1))
+        self.layers = nn.ModuleList(nn.utils.parametrizations.weight_norm(c) for c in layers)
         self.last = nn.utils.parametrizations.weight_norm(nn.Conv2d(CHANNELS, 1, 3, padding=1))
 
-    def forward(self, pcm: Tensor) -> tuple[Tensor, list[Tensor]]:
-        spectrum = torch.stft(
-            LOUD * pcm,
-            self.fft,
-            self.fft // 4,
-            window=self.window,
-            normalized=True,
-            return_complex=True,
-        )
-        xs, features = torch.view_as_real(spectrum).permute(0, 3, 2, 1), []
+    def forward(self, spectrum: Tensor) -> tuple[Tensor, list[Tensor]]:
+        xs, features = (spectrum[:, None] - CENTRE) / SPREAD, []
         for layer in self.layers:
             xs = F.leaky_relu(layer(xs), SLOPE)
             features.append(xs)
@@ -62,12 +53,17 @@ class Adversary:
     """Critics at several scales, and how they learn.
 
     Args:
+        spectral: its spectra are looked at.
         rate: of learning.
     """
 
-    def __init__(self, rate: float) -> None:
-        self.critics = nn.ModuleList(Critic(fft) for fft in SCALES)
+    def __init__(self, spectral: SpectralLoss, rate: float) -> None:
+        self._spectral, self.critics = spectral, nn.ModuleList(Critic() for _ in SCALES)
         self._optimizer = torch.optim.AdamW(self.critics.parameters(), rate, BETAS)
+
+    def _looks(self, real: Tensor, made: Tensor) -> Iterator[tuple[Critic, Tensor, Tensor]]:
+        for fft, critic in zip(SCALES, self.critics, strict=True):
+            yield critic, self._spectral.log_mel(real, fft), self._spectral.log_mel(made, fft)
 
     def learn(self, real: Tensor, made: Tensor) -> Tensor:
         """One update; the loss before it, a hinge, mean over scales.
@@ -76,8 +72,8 @@ class Adversary:
             real, made: `[B, N]`; no gradient reaches `made`.
         """
         losses = [
-            F.relu(1 - critic(real)[0]).mean() + F.relu(1 + critic(made.detach())[0]).mean()
-            for critic in self.critics
+            F.relu(1 - critic(theirs)[0]).mean() + F.relu(1 + critic(ours)[0]).mean()
+            for critic, theirs, ours in self._looks(real, made.detach())
         ]
         loss = sum(losses) / len(losses)
         self._optimizer.zero_grad()
@@ -93,10 +89,10 @@ class Adversary:
             real, made: `[B, N]`, the same sentences.
         """
         passing, alike = [], []
-        for critic in self.critics:
+        for critic, theirs, ours in self._looks(real, made):
             with torch.no_grad():
-                wanted = critic(real)[1]
-            logits, features = critic(made)
+                wanted = critic(theirs)[1]
+            logits, features = critic(ours)
             passing.append(F.relu(1 - logits).mean())
             alike += [
                 F.l1_loss(ours, theirs) / theirs.abs().mean()

@@ -23,7 +23,7 @@ from .spectral import SpectralLoss, sound_losses
 
 ALONE = 60  # updates in which the adversary learns alone
 # Of the decoder's gradient; of the losses that there are.
-SHARES = {"spectrum": 2.0, "wave": 0.2, "passing": 2.0, "alike": 4.0}
+SHARES = {"spectrum": 3.0, "wave": 0.2, "passing": 1.0, "alike": 2.0}
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.rate, total_steps=args.steps, pct_start=0.05, final_div_factor=20
     )
-    adversary = Adversary(2 * args.rate) if args.adversary else None
+    adversary = Adversary(spectral, 2 * args.rate) if args.adversary else None
     means = Means()
     for step in range(1 - (ALONE if adversary else 0), args.steps + 1):
         pcm, *_ = batch_of([piece(own, users, rng, args.own) for _ in range(args.batch)])
