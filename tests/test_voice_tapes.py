@@ -15,7 +15,7 @@ from voice.world import KEYS
 
 from moshi_ttt_mlx.train.data import find_shards, write_shard
 
-VOICE = Path(__file__).parent.parent / "scripts" / "voice"
+TAPES = Path(__file__).parent.parent / "scripts" / "voice" / "tapes.npz"
 
 
 def write_talks(folder, number, most=256):
@@ -50,10 +50,9 @@ def test_a_token_that_needs_more_than_a_byte_is_refused(tmp_path):
     assert not (tmp_path / "tapes.npz").exists()
 
 
-@pytest.mark.parametrize("name, talks, told", [("tapes", 770, 26_246), ("more_tapes", 220, 8_063)])
-def test_the_tapes_of_the_demo_are_there(name, talks, told, tmp_path):
-    assert unpack(VOICE / f"{name}.npz", tmp_path) == talks
+def test_the_tapes_of_the_demo_are_there(tmp_path):
+    assert unpack(TAPES, tmp_path) == 770
     library = read_library([(tmp_path / "talks", tmp_path / "shards")])
-    assert sum(map(len, library.told.values())) == told
+    assert sum(map(len, library.told.values())) == 26_246
     assert {fact.key for fact in library.told} == set(KEYS)
-    assert bool(library.words) == (name == "tapes")
+    assert {len(library.words[word]) > 0 for word in library.words} == {True}

@@ -1,13 +1,16 @@
 """Put the demo's model together: one folder, half precision, the memory inside.
 
-    python -m voice.assemble START BASE.safetensors ADAPTER MIMI.safetensors OUT      (in scripts/)
+    python -m voice.assemble START MIMI.safetensors OUT RUN [RUN ..]      (in scripts/)
 
-START is the folder of `voice.model`; BASE and ADAPTER come from `train`, MIMI from `voice.train_codec`.
+START is the folder of `voice.model`, MIMI is of `voice.train_decoder`, RUN of `train --phase all`.
+Of several runs, each going on from the one before, the mean is taken (stochastic weight averaging:
+Izmailov et al. 2018, arXiv 1803.05407).
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,16 +22,21 @@ from .model import codec_config
 MEMORY = "memory"
 
 
-def halved(source: Path, out: Path) -> None:
-    """A weights file in float16."""
-    arrays = {name: array.astype(mx.float16) for name, array in mx.load(str(source)).items()}
+def mean(files: Sequence[Path], out: Path) -> None:
+    """The mean of weights files, in float16."""
+    every = [mx.load(str(file)) for file in files]
+    arrays = {
+        name: (sum(one[name].astype(mx.float32) for one in every) / len(every)).astype(mx.float16)
+        for name in every[0]
+    }
     mx.save_safetensors(str(out), arrays, {"format": "mlx"})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name in ("start", "base", "adapter", "mimi", "out"):
+    for name in ("start", "mimi", "out"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)
     (args.out / MEMORY).mkdir(parents=True, exist_ok=True)
@@ -38,9 +46,10 @@ def main() -> None:
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.copy(args.start / "tokenizer.model", args.out)
     shutil.copy(args.mimi, args.out / "mimi.safetensors")
-    shutil.copy(args.adapter / CONFIG_NAME, args.out / MEMORY)
-    halved(args.base, args.out / "model.safetensors")
-    halved(args.adapter / WEIGHTS_NAME, args.out / MEMORY / WEIGHTS_NAME)
+    last = [run / "last" for run in args.runs]
+    shutil.copy(last[-1] / CONFIG_NAME, args.out / MEMORY)
+    mean([run / "model.safetensors" for run in last], args.out / "model.safetensors")
+    mean([run / WEIGHTS_NAME for run in last], args.out / MEMORY / WEIGHTS_NAME)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(f"{args.out}: {size / 1e6:.1f} MB")
 

@@ -46,8 +46,6 @@ FOREIGN, BLENDS = 8, 44  # Kokoro's voices for other languages, and means of two
 # Pairs drawn, some twice, of which one is made less like the other: means of two are more alike than
 # people are. More of men, who were heard worst.
 APART = {"m": 42, "f": 30}
-# Of three, also foreign ones: means of two that are made less like the third.
-FARTHER = {"m": 32, "f": 12}
 ESPEAK = ("en-us+m3", "en-us+f2")
 REAL_SECONDS = 1.6
 
@@ -99,10 +97,6 @@ def training_voices(voices: list[str]) -> list[str]:
     for sex, count in APART.items():
         alike = [v for v in english if v[1] == sex]
         more += ["-".join(rng.sample(alike, 2)) for _ in range(count)]
-    for sex, count in FARTHER.items():
-        alike = [v for v in kept if v[1] == sex]
-        threes = [rng.sample(alike, 3) for _ in range(count)]
-        more += [f"{one}+{two}-{other}" for one, two, other in threes]
     return [*chosen, *(f"espeak-{name}" for name in ESPEAK), *dict.fromkeys(more)]
 
 

@@ -48,3 +48,8 @@ class SpectralLoss(nn.Module):
 def sound_losses(spectral: SpectralLoss, made: Tensor, pcm: Tensor) -> dict[str, Tensor]:
     """How far what came back from the codes, `[B, 1, N]`, is from what went in."""
     return {"spectrum": spectral(made[:, 0], pcm[:, 0]), "wave": (made - pcm).abs().mean()}
+
+
+def total(losses: dict[str, Tensor]) -> Tensor:
+    """The loss of the sound: the waveform counts a little."""
+    return losses["spectrum"] + 4 * losses["wave"]

@@ -28,7 +28,7 @@ from .codec_file import decoded, mimi_config, save
 from .kokoro import SAMPLE_RATE
 from .means import Means
 from .pieces import FRAME, SUB_FRAMES, UNKNOWN, Labels, Piece, batch_of, piece, read_clips
-from .spectral import SpectralLoss, sound_losses
+from .spectral import SpectralLoss, sound_losses, total
 from .world import HELD_OUT_VOICES
 
 WARMUP = 500  # steps until the first codebook is quantized nine times of ten
@@ -111,7 +111,8 @@ class Autoencoder(nn.Module):
         return losses
 
 
-WEIGHTS = {"spectrum": 1.0, "wave": 4.0, "commit": 0.02, "phonemes": 1.0, "words": 0.3}
+# Beside those of the sound.
+WEIGHTS = {"commit": 0.02, "phonemes": 1.0, "words": 0.3}
 
 
 @torch.no_grad()
@@ -162,7 +163,7 @@ def main() -> None:
         pcm, *said = batch_of([piece(own, users, rng, args.own) for _ in range(args.batch)])
         model.quantize_first(min(0.9, step / WARMUP))
         losses = model(pcm, *said)
-        loss = sum(weight * losses[name] for name, weight in WEIGHTS.items())
+        loss = total(losses) + sum(weight * losses[name] for name, weight in WEIGHTS.items())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,10 +1,9 @@
 """Train a codec's way back to sound alone: who has learned its codes need not learn them again.
 
-    python -m voice.train_decoder BANK CODEC.safetensors OUT.safetensors [--adversary]      (in scripts/)
+    python -m voice.train_decoder BANK CODEC.safetensors OUT.safetensors      (in scripts/)
 
 The decoder gets residual units if the codec has none: they make a voice's harmonics and take half of an
-update; in the encoder, whose layers Mimi shares the shape of, they do nothing. First spectra alone, as
-in `train_codec.py`; then, with `--adversary`, also what tells its sound from speech (`adversary.py`).
+update; in the encoder, whose layers Mimi shares the shape of, they do nothing.
 """
 
 import argparse
@@ -15,15 +14,10 @@ import torch
 from moshi.models.loaders import get_mimi
 from torch import nn
 
-from .adversary import BETAS, Adversary, balanced
 from .codec_file import decoded, load, mimi_config, save
 from .means import Means
 from .pieces import Labels, batch_of, piece, read_clips
-from .spectral import SpectralLoss, sound_losses
-
-ALONE = 60  # updates in which the adversary learns alone
-# Of the decoder's gradient; of the losses that there are.
-SHARES = {"spectrum": 3.0, "wave": 0.2, "passing": 1.0, "alike": 2.0}
+from .spectral import SpectralLoss, sound_losses, total
 
 
 def main() -> None:
@@ -31,7 +25,6 @@ def main() -> None:
     parser.add_argument("bank", type=Path)
     parser.add_argument("codec", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--adversary", action="store_true")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--rate", type=float, default=8e-4)
@@ -50,32 +43,25 @@ def main() -> None:
     load(mimi, args.codec)
     learning = [mimi.upsample, mimi.decoder_transformer, mimi.decoder]
     weights = [weight for part in learning for weight in part.parameters()]
-    betas = BETAS if args.adversary else (0.8, 0.98)
-    optimizer = torch.optim.AdamW(weights, args.rate, betas, weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(weights, args.rate, (0.8, 0.98), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.rate, total_steps=args.steps, pct_start=0.05, final_div_factor=20
+        optimizer, args.rate, total_steps=args.steps, pct_start=0.05, final_div_factor=10
     )
-    adversary = Adversary(spectral, 2 * args.rate) if args.adversary else None
     means = Means()
-    for step in range(1 - (ALONE if adversary else 0), args.steps + 1):
+    for step in range(1, args.steps + 1):
         pcm, *_ = batch_of([piece(own, users, rng, args.own) for _ in range(args.batch)])
         with torch.no_grad():
             latents = mimi.decode_latent(mimi.encode(pcm))
-        made = decoded(mimi, latents)
-        losses = sound_losses(spectral, made, pcm)
-        if adversary:
-            means.add({"judged": adversary.learn(pcm[:, 0], made[:, 0])})
-        if step > 0:
-            losses |= adversary.fooled(pcm[:, 0], made[:, 0]) if adversary else {}
-            optimizer.zero_grad()
-            made.backward(balanced(losses, SHARES, made))
-            nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            schedule.step()
+        losses = sound_losses(spectral, decoded(mimi, latents), pcm)
+        optimizer.zero_grad()
+        total(losses).backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
         means.add(losses)
         if step % 50 == 0:
             print(step, means.line(), flush=True)
-        if step > 0 and (step % 200 == 0 or step == args.steps):
+        if step % 250 == 0 or step == args.steps:
             save(mimi, args.out, units=1)
 
 
