@@ -1,10 +1,9 @@
 """A picture of a real talk in a terminal: `chat` in tmux on virtual sound devices.
 
-    python scripts/terminal_picture.py [OUT.svg] [--seconds 12] [--keys m,m]
+    python scripts/terminal_picture.py [OUT.svg] [--seconds 16] [--keys m,m]
 
-Somebody speaks to it, and keys are pressed; prints the screen as text, too. The small model of the
-tests with an untrained memory talks, so its words mean nothing. Needs tmux and PulseAudio, see
-virtual_sound.py.
+The user of the bundled recording speaks to the bundled model, and keys are pressed; prints the screen
+as text, too. Needs tmux and PulseAudio, see virtual_sound.py.
 """
 
 import argparse
@@ -18,23 +17,16 @@ import threading
 import time
 from pathlib import Path
 
-import mlx.core as mx
 import soundfile
-from make_small_model import SMALL
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.text import Text
 from virtual_sound import VirtualSound, first, missing
 
 import moshi_ttt_mlx
-from moshi_ttt_mlx.surgery import add_memory, save_adapter
 
-CLIP = Path(moshi_ttt_mlx.__file__).parent / "assets" / "demo_clip.flac"
+USER = Path(moshi_ttt_mlx.__file__).parent / "assets" / "demo_talk.flac"
 COLUMNS, ROWS = 96, 20
-# An untrained memory would jump to and fro: it learns slowly here.
-CONFIG = moshi_ttt_mlx.MemoryConfig(
-    layers="top:2", heads=2, head_dim=8, hidden=16, window=50, base_lr=0.1
-)
 # Without the fonts that rich's picture fetches from elsewhere.
 SVG = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 
@@ -81,16 +73,6 @@ class Tmux:
         raise TimeoutError(f"no {words!r} on the screen:\n{self.screen()}")
 
 
-def make_adapter(folder: Path) -> Path:
-    """A memory for the small model whose gates are open, so that there is something to see."""
-    mx.random.seed(2)
-    adapter = add_memory(moshi_ttt_mlx.load(str(SMALL)).lm, CONFIG)
-    for memory in adapter.memories.values():
-        memory.gate = memory.gate + 0.1
-    save_adapter(adapter, folder)
-    return folder
-
-
 def save_picture(screen: str, path: Path) -> None:
     """The screen as SVG."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
@@ -101,11 +83,11 @@ def save_picture(screen: str, path: Path) -> None:
 
 def talk(folder: Path, seconds: float, keys: list[str]) -> str:
     """Hold a talk; returns the screen at its end."""
-    voice, rate = soundfile.read(CLIP, dtype="int16")
-    soundfile.write(folder / "clip.wav", voice, rate)
-    adapter = make_adapter(folder / "adapter")
-    program = [*first(), sys.executable, "-m", "moshi_ttt_mlx", "--model", str(SMALL)]
-    program += ["--adapter-path", str(adapter), "--session", "monday"]
+    rate = soundfile.info(USER).samplerate
+    voice, _ = soundfile.read(USER, dtype="int16", frames=round(seconds * rate))
+    soundfile.write(folder / "user.wav", voice, rate)
+    program = [*first(), sys.executable, "-m", "moshi_ttt_mlx", "--model", "demo"]
+    program += ["--session", "monday"]
     with VirtualSound(folder) as sound:
         env = sound.env | {
             "PYTHONPATH": str(Path(moshi_ttt_mlx.__file__).resolve().parent.parent),
@@ -114,7 +96,7 @@ def talk(folder: Path, seconds: float, keys: list[str]) -> str:
         with Tmux(folder, env) as tmux:
             tmux.type(f"clear; {shlex.join(program)}\n")
             tmux.wait_for("talk now")
-            speaking = threading.Thread(target=sound.play, args=[folder / "clip.wav"])
+            speaking = threading.Thread(target=sound.play, args=[folder / "user.wav"])
             speaking.start()
             time.sleep(seconds)
             for key in keys:
@@ -130,7 +112,7 @@ def talk(folder: Path, seconds: float, keys: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("out", nargs="?", type=Path, help="SVG to write")
-    parser.add_argument("--seconds", type=float, default=12.0)
+    parser.add_argument("--seconds", type=float, default=16.0)
     parser.add_argument("--keys", default="s", help="keys to press before the picture")
     args = parser.parse_args()
     if reason := missing():
