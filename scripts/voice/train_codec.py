@@ -25,8 +25,8 @@ from moshi.models.loaders import get_mimi
 from torch import Tensor, nn
 
 from .codec_file import decoded, mimi_config, save
+from .descent import Descent, Means, add_arguments, begin
 from .kokoro import SAMPLE_RATE
-from .means import Means
 from .pieces import FRAME, SUB_FRAMES, UNKNOWN, Labels, Piece, batch_of, piece, read_clips
 from .spectral import SpectralLoss, sound_losses, total
 from .world import HELD_OUT_VOICES
@@ -137,43 +137,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bank", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--own", type=float, default=0.3, help="share of the model's own voice")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    add_arguments(parser, steps=4000, rate=1e-3, threads=2)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(args.seed)
-    rng, labels = random.Random(args.seed), Labels()
+    rng, labels = begin(args), Labels()
     own, users = read_clips(args.bank, labels, args.seed)
     seconds = sum(len(clip.pcm) for clip in own + users) / SAMPLE_RATE
     sounds, words = 1 + len(labels.phonemes.ids), 1 + len(labels.words.ids)
     print(f"{len(own)} own, {len(users)} of users, {seconds:.0f} s, {sounds} sounds, {words} words")
     model = Autoencoder(sounds, words).train()
     print(f"{sum(p.numel() for p in model.mimi.parameters()) / 1e6:.2f} M parameters", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), args.rate, (0.8, 0.98), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.rate, total_steps=args.steps, pct_start=0.05, final_div_factor=10
-    )
-    means = Means()
+    descent = Descent(model.parameters(), args.rate, args.steps)
     for step in range(1, args.steps + 1):
         pcm, *said = batch_of([piece(own, users, rng, args.own) for _ in range(args.batch)])
         model.quantize_first(min(0.9, step / WARMUP))
         losses = model(pcm, *said)
         loss = total(losses) + sum(weight * losses[name] for name, weight in WEIGHTS.items())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        means.add(losses)
-        if step % 50 == 0:
-            print(step, means.line(), flush=True)
-        if step % 250 == 0 or step == args.steps:
+        if descent.update(loss, losses):
             save(model.mimi, args.out, units=0)
+            means = Means()
             means.add(unheard(model, args.bank, labels))
             print("  unheard:", means.line(), flush=True)
 
