@@ -406,6 +406,18 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, shards, whole, monkeypa
     assert_same(weights(again.trainer), weights(whole.trainer))
 
 
+def test_what_a_kill_left_half_written_goes_with_the_next_checkpoint(tmp_path, shards):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    left = [".last.x1.json", ".step-1-rank0.x2.safetensors", "step-1-rank0.safetensors"]
+    others = [".step-1-rank1.x3.safetensors", "notes.json"]
+    for name in (*left, *others):
+        (folder / name).write_bytes(b"half of")
+    run_all(tmp_path, shards)
+    assert not [name for name in left if (folder / name).exists()]
+    assert all((folder / name).exists() for name in others)
+
+
 def test_a_checkpoint_without_its_end_is_named(tmp_path, shards):
     run_all(tmp_path, shards)
     (file,) = (tmp_path / "checkpoint").glob("*.safetensors")

@@ -108,9 +108,12 @@ def save(
         write_text(folder / POINTER, json.dumps({"step": step, "processes": together.size}))
     together.any(False)  # the new one counts
     # A kill may have left half a file behind, under its temporary name.
-    for old in folder.glob(f"*step-*-rank{together.rank}.*safetensors"):
-        if old != mine:
-            old.unlink(missing_ok=True)
+    old = [*folder.glob(f"*step-*-rank{together.rank}.*safetensors")]
+    if together.leads:
+        old += folder.glob(f".{Path(POINTER).stem}.*")
+    for file in old:
+        if file != mine:
+            file.unlink(missing_ok=True)
 
 
 def read_pointer(folder: Path) -> dict | None:
