@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import soundfile
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
@@ -85,7 +86,9 @@ def talk(folder: Path, seconds: float, keys: list[str]) -> str:
     """Hold a talk; returns the screen at its end."""
     rate = soundfile.info(USER).samplerate
     voice, _ = soundfile.read(USER, dtype="int16", frames=round(seconds * rate))
-    soundfile.write(folder / "user.wav", voice, rate)
+    # No room is as still as a recording made of sentences: exact zeros are a muted microphone's.
+    room = np.random.default_rng(0).integers(-2, 3, len(voice), np.int16)
+    soundfile.write(folder / "user.wav", voice + room, rate)
     program = [*first(), sys.executable, "-m", "moshi_ttt_mlx", "--model", "demo"]
     program += ["--session", "monday"]
     with VirtualSound(folder) as sound:
