@@ -399,23 +399,62 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, shards, whole, monkeypa
     with pytest.raises(UserError, match="the disk is full; the checkpoint of update 2 is kept"):
         list(run.train())
     monkeypatch.undo()
-    assert not [name for name in files(tmp_path) if "step-4" in name or "/." in name]
+    assert not [name for name in files(tmp_path) if "step-4" in name or checkpoint.PARTIAL in name]
     again = Run(tmp_path, make_trainer(shards), shards[:1])
     assert again.trainer.step == 2
     list(again.train())
     assert_same(weights(again.trainer), weights(whole.trainer))
 
 
-def test_what_a_kill_left_half_written_goes_with_the_next_checkpoint(tmp_path, shards):
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    left = [".last.x1.json", ".step-1-rank0.x2.safetensors", "step-1-rank0.safetensors"]
-    others = [".step-1-rank1.x3.safetensors", "notes.json"]
-    for name in (*left, *others):
+PARTIAL_FILES = [
+    folder + checkpoint.PARTIAL + name
+    for folder, name in [
+        ("", "run.x1.json"),
+        ("", "training.x2.png"),
+        ("", "x3/memory.safetensors"),
+        ("checkpoint/", "last.x4.json"),
+        ("checkpoint/", "step-1-rank1.x5.safetensors"),
+        ("best/", "model.x6.safetensors"),
+        ("last/", "model.x7.safetensors"),
+    ]
+]
+
+
+def plant(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"half of")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_a_kill_left_half_written_goes_as_the_run_goes_on(tmp_path, shards, begun):
+    if begun:
+        run = Run(tmp_path, make_trainer(shards), save_every=2)
+        list(run.train(stop=lambda: run.trainer.step == 2))
+    kept = [".notes.json", "last/notes.json", "mine/" + checkpoint.PARTIAL + "x8.json"]
+    plant(tmp_path, [*PARTIAL_FILES, *kept])
+    before = set(files(tmp_path))
+    Run(tmp_path, make_trainer(shards))
+    gone = before - set(files(tmp_path))
+    assert gone == {str(Path(name)) for name in PARTIAL_FILES}
+
+
+def test_another_runs_half_written_files_are_left_alone(tmp_path, shards):
     run_all(tmp_path, shards)
-    assert not [name for name in left if (folder / name).exists()]
-    assert all((folder / name).exists() for name in others)
+    plant(tmp_path, PARTIAL_FILES)
+    before = files(tmp_path)
+    with pytest.raises(UserError, match="another clip"):
+        Run(tmp_path, make_trainer(shards, replace(SETTINGS, clip=2.0)), shards[:1])
+    assert files(tmp_path) == before
+
+
+def test_an_older_step_goes_with_the_next_checkpoint(tmp_path, shards):
+    plant(tmp_path, ["checkpoint/step-1-rank0.safetensors", "checkpoint/step-1-rank1.safetensors"])
+    run_all(tmp_path, shards)
+    assert [name for name in files(tmp_path) if "step-" in name] == [
+        "checkpoint/step-1-rank1.safetensors",
+        "checkpoint/step-8-rank0.safetensors",
+    ]
 
 
 def test_a_checkpoint_without_its_end_is_named(tmp_path, shards):
@@ -470,5 +509,5 @@ def test_kill_9_at_any_moment(tmp_path, shards):
     while want.step < until:
         want.update()
     assert_same(weights(trainer), weights(want))
-    # Files that a kill left half written are in nobody's way, and go with the next checkpoint.
+    assert not [name for name in files(tmp_path) if checkpoint.PARTIAL in name]
     assert len(files(tmp_path / "checkpoint")) == 2

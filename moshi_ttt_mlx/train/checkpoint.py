@@ -3,14 +3,16 @@
 A checkpoint is one file a process, `step-<n>-rank<r>.safetensors`, and `last.json`, which says which
 step counts. Files are written under another name, flushed and renamed; `last.json` is renamed last,
 and only then are older files removed. So whenever the process or the disk fails, the checkpoint
-before is still there.
+before is still there. What a kill leaves under the other name, `remove_partial` removes.
 """
 
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +22,8 @@ from ..errors import UserError
 from .together import Together
 
 POINTER = "last.json"
+PARTIAL = ".moshi-ttt-partial."
+"""So begins the name of what is not whole yet."""
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -35,7 +39,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(path.suffix, f".{path.stem}.", path.parent)
+        handle, name = tempfile.mkstemp(path.suffix, f"{PARTIAL}{path.stem}.", path.parent)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -43,9 +47,18 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        raise UserError(f"could not write {path}: {_reason(error, path.parent)}") from error
+    finally:
         if temporary:
             temporary.unlink(missing_ok=True)
-        raise UserError(f"could not write {path}: {_reason(error, path.parent)}") from error
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder that nobody else writes to."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        # What cannot be removed is in nobody's way.
+        with suppress(OSError):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _reason(error: Exception, folder: Path) -> str:
@@ -107,11 +120,7 @@ def save(
     if together.leads:
         write_text(folder / POINTER, json.dumps({"step": step, "processes": together.size}))
     together.any(False)  # the new one counts
-    # A kill may have left half a file behind, under its temporary name.
-    old = [*folder.glob(f"*step-*-rank{together.rank}.*safetensors")]
-    if together.leads:
-        old += folder.glob(f".{Path(POINTER).stem}.*")
-    for file in old:
+    for file in folder.glob(f"step-*-rank{together.rank}.safetensors"):
         if file != mine:
             file.unlink(missing_ok=True)
 

@@ -62,6 +62,10 @@ class Run:
         self.save_every, self.eval_every = save_every, eval_every
         self.best: tuple[float, int] | None = None
         self._resume(self._identity(model))
+        if trainer.together.leads:
+            # Not before: the folder of a refused run may be another's, which is still writing.
+            for name in ("", "checkpoint", "best", "last"):
+                checkpoint.remove_partial(self.folder / name)
 
     @property
     def log_path(self) -> Path:
@@ -165,7 +169,7 @@ class Run:
             checkpoint.write_tensors(folder / MODEL_NAME, base, {"format": "mlx"})
 
     def _export_adapter(self, folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=self.folder) as new:
+        with tempfile.TemporaryDirectory(prefix=checkpoint.PARTIAL, dir=self.folder) as new:
             save_adapter(self.trainer.learner.adapter, new)
             for name in (CONFIG_NAME, WEIGHTS_NAME):
                 os.replace(Path(new) / name, folder / name)
