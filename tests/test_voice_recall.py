@@ -1,12 +1,17 @@
 """How answers are counted; the talks themselves are in test_voice_talks.py."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import soundfile
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-from voice.recall import Answer, is_right, table, was_heard
-from voice.talks import Turn
+from voice.recall import ANSWER, BLOCK, Answer, is_right, save_clips, table, was_heard
+from voice.talks import FRAME, RATE, Turn
 
 
 def answer(kind, value="Bella", right=True, seed=0, row=0, windows=2, voice="af_nova", probed=True):
@@ -61,3 +66,58 @@ def test_an_answer_is_the_first_sentence_after_what_is_left_of_the_one_before():
     assert is_right("nine Your cat is Bella. Your bus is nine.", turn)
     assert not is_right("Your cat is Coco. Your cat is Bella.", turn)
     assert not is_right("Your dog is Bella.", turn)
+
+
+class Loudness:
+    """A codec of one code a frame: its mean in hundredths, to the nearest ten."""
+
+    def reset(self):
+        pass
+
+    def encode_block(self, pcm):
+        return np.round(pcm.reshape(1, BLOCK, FRAME).mean(axis=2) * 10).astype(np.int32) * 10
+
+    def decode_block(self, codes):
+        return np.repeat(codes[0] / np.float32(100), FRAME)
+
+
+@dataclass
+class Steps:
+    """The model's side of a talk, a little louder from frame to frame."""
+
+    turns: list
+    frame: int = 100
+    probed = frozenset({"cat"})
+
+    def stereo(self, frames, noise):
+        assert not noise
+        model = np.repeat(np.arange(frames, dtype=np.float32) / 410, FRAME)
+        return np.stack([model, np.full_like(model, 0.9)], axis=1)
+
+
+def test_answers_are_kept_as_said_as_recorded_and_as_coded(tmp_path):
+    def asked(frame, key="cat", kind="ask"):
+        return Turn(0.0, frame * FRAME / RATE, kind, "", "", (), key=key, value="Bella")
+
+    talks = [
+        Steps([asked(8), asked(9, "dog"), asked(10, kind="tell"), asked(40)]),
+        Steps([asked(80)]),
+    ]
+    said = np.stack([np.arange(160) % 7, np.arange(160) % 5])[:, None] * 10
+    save_clips(SimpleNamespace(new_codec=Loudness), talks, said, tmp_path, "2w", 3)
+    for name, row, frame in (("0-0", 0, 8), ("0-1", 0, 40), ("1-0", 1, 80)):
+        frames = np.arange(frame, frame + ANSWER)
+        want = {
+            "clips": frames % (7 - 2 * row) / 10,
+            "recorded": frames / 410,
+            "coded": np.round(frames / 41) / 10,
+        }
+        for side, values in want.items():
+            pcm, _ = soundfile.read(tmp_path / side / f"2w-{name}_Bella.flac")
+            # To 16 bits.
+            np.testing.assert_allclose(
+                pcm.reshape(ANSWER, FRAME).mean(axis=1), values, atol=1 / 32768
+            )
+    assert len(list(tmp_path.rglob("*.flac"))) == 9
+    save_clips(SimpleNamespace(new_codec=Loudness), talks, said, tmp_path / "two", "2w", 2)
+    assert len(list((tmp_path / "two").rglob("*.flac"))) == 6

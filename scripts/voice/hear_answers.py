@@ -1,6 +1,6 @@
 """What recognizers hear in the answers that `voice.recall --clips` kept.
 
-    python -m voice.hear_answers OUT/clips [--whisper FOLDER] [--json FILE]      (in scripts/)
+    python -m voice.hear_answers OUT/clips [OUT/recorded OUT/coded] [--whisper FOLDER]   (in scripts/)
 
 An answer is right if the value is among the words of its first sentence. Environment as `voice.ears`.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from .ears import ears, normalised, read
+from .ears import Ear, ears, normalised, read
 from .world import VALUES
 
 
@@ -22,25 +22,37 @@ def right_value(heard: str, value: str) -> bool:
     return named[:1] == [value.lower()]
 
 
+def hear(ear: Ear, folder: Path) -> list[dict]:
+    """What one recognizer hears in each clip of a folder."""
+    found = []
+    for path in track(sorted(folder.glob("*.flac")), f"{ear.name}, {folder.name}"):
+        heard, value = ear.hear(*read(path)), path.stem.partition("_")[2]
+        about = {"ear": ear.name, "side": folder.name, "clip": path.stem, "heard": heard}
+        distance, right = path.stem.partition("-")[0], right_value(heard, value)
+        found.append({**about, "distance": distance, "right": right})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("clips", type=Path)
+    parser.add_argument("clips", type=Path, nargs="+")
     parser.add_argument("--whisper", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    paths, found = sorted(args.clips.glob("*.flac")), []
+    for folder in args.clips:
+        if not any(folder.glob("*.flac")):
+            parser.error(
+                f"{folder}: expected DISTANCE-.._VALUE.flac of `voice.recall --clips`, found none"
+            )
+    found = []
     for ear in ears(args.whisper):
-        for path in track(paths, ear.name):
-            heard = ear.hear(*read(path))
-            value = path.stem.partition("_")[2]
-            distance = path.stem.partition("-")[0]
-            right = right_value(heard, value)
-            found.append({"ear": ear.name, "clip": path.stem, "heard": heard, "right": right})
-            found[-1] |= {"distance": distance}
-        for distance in sorted({f["distance"] for f in found}):
-            here = [f for f in found if f["ear"] == ear.name and f["distance"] == distance]
-            share = 100 * sum(f["right"] for f in here) / len(here)
-            print(f"{ear.name}, {distance}: {share:.1f} % of {len(here)}")
+        for folder in args.clips:
+            here = hear(ear, folder)
+            for distance in [*sorted({f["distance"] for f in here}), "all"]:
+                some = [f["right"] for f in here if distance in ("all", f["distance"])]
+                share = f"{sum(some)} of {len(some)}, {100 * sum(some) / len(some):.1f} %"
+                print(f"{ear.name}, {folder.name}, {distance}: {share}")
+            found += here
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -4,7 +4,7 @@
 
 Talks of `talks.probe` go through the model's codec, then frame by frame and greedily through the
 generator, which feeds on what it says itself. `OUT/results.json` has every question; with `--clips N`
-the sound of the answers lies beside it, for `voice.hear_answers`.
+the sound of the answers lies beside it, and what they would be at best, for `voice.hear_answers`.
 """
 
 import argparse
@@ -64,17 +64,32 @@ def make_talks(
     return talks
 
 
+def decoded(model: Model, codes: np.ndarray) -> np.ndarray:
+    """The sound of codes int32 `[K, T]`, to whole blocks."""
+    codec = model.new_codec()
+    codec.reset()
+    codes = codes[:, : codes.shape[1] // BLOCK * BLOCK]
+    blocks = np.split(codes, codes.shape[1] // BLOCK, axis=1)
+    return np.concatenate([codec.decode_block(block) for block in blocks])
+
+
+def encoded(model: Model, pcm: np.ndarray) -> np.ndarray:
+    """The codes of sound of whole blocks, int32 `[K, T]`."""
+    codec = model.new_codec()
+    codec.reset()
+    blocks = pcm.reshape(-1, BLOCK * FRAME)
+    return np.concatenate([codec.encode_block(block) for block in blocks], axis=1)
+
+
+def whole_blocks(*talks: Talk) -> int:
+    """Frames in which all have ended and the last answers have come."""
+    return -(-(max(talk.frame for talk in talks) + 50) // BLOCK) * BLOCK
+
+
 def heard(model: Model, talks: Sequence[Talk]) -> np.ndarray:
     """The users' sides as codes, int32 `[B, K, T]`."""
-    frames = max(talk.frame for talk in talks) + 50
-    frames = -(-frames // BLOCK) * BLOCK
-    codes = []
-    for talk in talks:
-        codec = model.new_codec()
-        codec.reset()
-        blocks = talk.stereo(frames)[:, 1].reshape(-1, BLOCK * FRAME)
-        codes.append(np.concatenate([codec.encode_block(block) for block in blocks], axis=1))
-    return np.stack(codes)
+    frames = whole_blocks(*talks)
+    return np.stack([encoded(model, talk.stereo(frames)[:, 1]) for talk in talks])
 
 
 def replies(model: Model, codes: np.ndarray, memory: str, tick) -> tuple[np.ndarray, np.ndarray]:
@@ -120,23 +135,24 @@ def answers(
 
 
 def save_clips(model: Model, talks, sound: np.ndarray, out: Path, name: str, most: int) -> None:
-    """The sound of the answers to questions: `OUT/clips/<name>-<row>-<number>_<value>.flac`."""
-    folder = out / "clips"
-    folder.mkdir(parents=True, exist_ok=True)
-    left = most
+    """The sound of the answers to questions, `OUT/<side>/<name>-<row>-<number>_<value>.flac`.
+
+    Sides are `clips`, what the model says; `recorded`, what the voice that it learned says there; and
+    `coded`, the same through the codec.
+    """
     for row, talk in enumerate(talks):
-        codec = model.new_codec()
-        codec.reset()
-        codes = sound[row][:, : sound.shape[2] // BLOCK * BLOCK]
-        blocks = np.split(codes, codes.shape[1] // BLOCK, axis=1)
-        pcm = np.concatenate([codec.decode_block(block) for block in blocks])
+        recorded = talk.stereo(whole_blocks(talk), noise=False)[:, 0]
+        coded = decoded(model, encoded(model, recorded))
+        sides = {"clips": decoded(model, sound[row]), "recorded": recorded, "coded": coded}
         asked = [t for t in talk.turns if t.kind == "ask" and t.key in talk.probed]
-        for number, turn in enumerate(asked[:left]):
+        for number, turn in enumerate(asked[:most]):
             start = int(turn.end * RATE)
-            clip = pcm[start : start + ANSWER * FRAME]
-            soundfile.write(folder / f"{name}-{row}-{number}_{turn.value}.flac", clip, RATE)
-        left -= len(asked[:left])
-        if not left:
+            for side, pcm in sides.items():
+                path = out / side / f"{name}-{row}-{number}_{turn.value}.flac"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                soundfile.write(path, pcm[start : start + ANSWER * FRAME], RATE)
+        most -= len(asked[:most])
+        if not most:
             return
 
 
