@@ -3,8 +3,8 @@
     python -m voice.assemble START MIMI.safetensors OUT RUN [RUN ..]      (in scripts/)
 
 START is the folder of `voice.model`, MIMI is of `voice.train_decoder`, RUN of `train --phase all`.
-Of several runs, each going on from the one before, the mean is taken (stochastic weight averaging:
-Izmailov et al. 2018, arXiv 1803.05407).
+Of several runs of one line, or branches of it, the mean is taken (Izmailov et al. 2018, arXiv
+1803.05407; Wortsman et al. 2022, arXiv 2203.05482).
 """
 
 import argparse
