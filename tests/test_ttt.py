@@ -356,9 +356,13 @@ def peak_bytes(learner, tokens):
 
 
 def test_memory_grows_no_faster_than_tokens():
+    """16 times the tokens, so that what stays the same leaves room for the allocator's moods.
+
+    One length's peak varies by 1.8 times, with how soon MLX's thread lets go of what it has used.
+    """
     learner = TTTMLP(2, 16, 64)
     peak_bytes(learner, 512)  # what is built once
-    assert peak_bytes(learner, 2048) < 1.1 * 4 * peak_bytes(learner, 512)
+    assert peak_bytes(learner, 16 * 512) < 16 * peak_bytes(learner, 512)
 
 
 @settings(max_examples=15, deadline=None)
