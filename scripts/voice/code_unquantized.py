@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .codec_file import decoded, load, mimi_config
 from .ears import clips_in
 from .kokoro import SAMPLE_RATE
-from .pieces import FRAME
+from .talks import FRAME
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .clips import worn
 from .kokoro import SAMPLE_RATE
+from .talks import FRAME
 from .world import HELD_OUT_VOICES, MOSHI_VOICE
 
-FRAME = 1920
 FRAMES = 32  # of a piece of sound to learn from: 2.56 s
 SUB_FRAMES = 3  # phonemes a frame, the last of them 53 ms before the frame's end
 UNKNOWN = -100  # what the losses leave out

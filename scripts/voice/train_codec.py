@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from .codec_file import decoded, mimi_config, save
 from .descent import Descent, Means, add_arguments, begin
 from .kokoro import SAMPLE_RATE
-from .pieces import FRAME, SUB_FRAMES, UNKNOWN, Labels, Piece, batch_of, piece, read_clips
+from .pieces import SUB_FRAMES, UNKNOWN, Labels, Piece, batch_of, piece, read_clips
 from .spectral import SpectralLoss, sound_losses, total
+from .talks import FRAME
 from .world import HELD_OUT_VOICES
 
 WARMUP = 500  # steps until the first codebook is quantized nine times of ten
