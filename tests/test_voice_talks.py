@@ -13,9 +13,18 @@ import soundfile
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 from voice import talks
-from voice.bank import find, moshi_pieces, slug, training_voices, trimmed, user_sentences
+from voice.bank import (
+    CLEARER,
+    find,
+    moshi_pieces,
+    say,
+    slug,
+    training_voices,
+    trimmed,
+    user_sentences,
+)
 from voice.clips import Voice, cut_of
-from voice.kokoro import style
+from voice.kokoro import Said, style
 from voice.model import BINS, CODEBOOKS, LOUD, LOUDER, ears
 from voice.remix import (
     LATE,
@@ -131,6 +140,39 @@ def test_a_voice_may_be_the_mean_of_two_and_beyond_a_third(tmp_path):
         made = style(tmp_path, name)
         assert made.shape == (510, 256) and made.dtype == np.float32
         np.testing.assert_allclose(made.ravel(), wanted, atol=1e-5)
+
+
+class Spelling:
+    """A text-to-speech model whose sound is ramps: 0.1 s a letter, after half a second of nothing."""
+
+    def say(self, text, voice, speed=1.0):
+        ends = [round(RATE * (0.5 + 0.1 * (1 + i) / speed)) for i in range(len(text))]
+        return Said(np.arange(ends[-1] + 100, dtype=np.float32), text, ends, RATE // 2)
+
+
+def test_what_is_hard_to_understand_is_cut_out_of_a_sentence_with_its_onset():
+    six = say(Spelling(), MOSHI_VOICE, "six.", 1.0)
+    whole = Spelling().say("My number, six.", MOSHI_VOICE, 0.95)
+    cut = whole.ends[10] - RATE // 4
+    assert six.symbols == "six." and six.begin == RATE // 4
+    assert six.ends == [end - cut for end in whole.ends[11:]]
+    np.testing.assert_array_equal(six.pcm, whole.pcm[cut:])
+
+
+@pytest.mark.parametrize(
+    "voice, text, wanted",
+    [(MOSHI_VOICE, "Lucy.", "Lucy!"), (MOSHI_VOICE, "ten.", "ten."), (WHOLE, "six.", "six.")],
+)
+def test_all_else_is_said_whole(voice, text, wanted):
+    said, whole = say(Spelling(), voice, text, 1.0), Spelling().say(wanted, voice, 1.0)
+    assert said.symbols == wanted and said.ends == whole.ends and said.begin == whole.begin
+    np.testing.assert_array_equal(said.pcm, whole.pcm)
+
+
+def test_what_is_said_in_another_way_is_said_by_the_model():
+    assert set(CLEARER) <= set(moshi_pieces())
+    for text, (sentence, _) in CLEARER.items():
+        assert slug(sentence).endswith(slug(text))
 
 
 def test_a_name_of_a_clip_is_its_words():
