@@ -57,7 +57,7 @@ def test_its_losses_are_those_of_all_layers_at_once(shards):
     np.testing.assert_allclose(losses(lm, codes), whole.sum((0, 2)) / told.sum((0, 2)), rtol=2**-9)
 
 
-def test_speech_is_what_is_neither_silence_nor_padding():
+def test_speech_is_what_is_neither_silence_nor_left_out():
     first = np.array([-1, 3, 3, 3, 9, 4, 4, 256, 3, 5])
     assert spoken(np.stack([np.zeros(10, int), first], axis=1)).tolist() == [4, 7, 9]
 

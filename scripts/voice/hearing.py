@@ -13,9 +13,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from moshi_mlx.models import Lm
 
 from moshi_ttt_mlx import load
 from moshi_ttt_mlx.layers import make_memory_cache
+from moshi_ttt_mlx.memory import Mode
 from moshi_ttt_mlx.model import Model
 from moshi_ttt_mlx.train.data import find_shards
 from moshi_ttt_mlx.train.loss import cut, delayed, hidden_states, prepare
@@ -31,6 +33,21 @@ def tokens_of(model: Model, words: Iterable[str]) -> np.ndarray:
     return np.array([pieces["▁" + word] for word in words])
 
 
+def heard_by_layers(lm: Lm, codes: np.ndarray, memory: Mode) -> tuple[mx.array, mx.array]:
+    """Talks, teacher-forced and all frames at once.
+
+    Args:
+        codes: int `[B, S, T]`, as shards hold them.
+
+    Returns:
+        What text head and depformer read, `[B, T, D]`, and the targets `[B, 1 + K, T]`.
+    """
+    prepare(lm)
+    inputs, targets = cut(delayed(codes, lm.cfg), lm.cfg, 0, codes.shape[2])
+    caches = make_memory_cache(lm.transformer, batch=len(codes), mode=memory)
+    return hidden_states(lm, inputs, lambda xs: lm.transformer(xs, cache=caches)), targets
+
+
 def written(model: Model, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The text of talks, and what the model would write in its place: int `[B, T]`, both.
 
@@ -38,12 +55,8 @@ def written(model: Model, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         model: with a memory or without, it is not asked.
         codes: int `[B, S, T]`, as shards hold them.
     """
-    lm = model.lm
-    prepare(lm)
-    inputs, targets = cut(delayed(codes, lm.cfg), lm.cfg, 0, codes.shape[2])
-    caches = make_memory_cache(lm.transformer, batch=len(codes), mode="off")
-    hidden = hidden_states(lm, inputs, lambda xs: lm.transformer(xs, cache=caches))
-    return np.array(targets[:, 0]), np.array(mx.argmax(lm.text_linear(hidden), axis=-1))
+    hidden, targets = heard_by_layers(model.lm, codes, "off")
+    return np.array(targets[:, 0]), np.array(mx.argmax(model.lm.text_linear(hidden), axis=-1))
 
 
 def shares(model: Model, talks: Sequence[np.ndarray]) -> dict[str, tuple[int, int]]:

@@ -21,9 +21,10 @@ from moshi_mlx.models import Lm
 from rich.progress import track
 
 from moshi_ttt_mlx import load
-from moshi_ttt_mlx.layers import make_memory_cache
 from moshi_ttt_mlx.train.data import find_shards
-from moshi_ttt_mlx.train.loss import audio_losses, counts, cut, delayed, hidden_states, prepare
+from moshi_ttt_mlx.train.loss import audio_losses, counts
+
+from .hearing import heard_by_layers
 
 TALKS = 25  # at a time
 FRAMES = 3072  # of an update
@@ -43,15 +44,13 @@ def batches(shards: Path) -> Iterator[np.ndarray]:
 
 def read_by_depformer(lm: Lm, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each frame's hidden state, float16 `[B * T, D]`, and targets, int32 `[B * T, 1 + K]`."""
-    inputs, targets = cut(delayed(codes, lm.cfg), lm.cfg, 0, codes.shape[2])
-    caches = make_memory_cache(lm.transformer, batch=len(codes))
-    hidden = hidden_states(lm, inputs, lambda xs: lm.transformer(xs, cache=caches))
+    hidden, targets = heard_by_layers(lm, codes, "on")
     flat = np.array(targets.swapaxes(1, 2)).reshape(-1, targets.shape[1])
     return np.array(hidden.astype(mx.float16)).reshape(len(flat), -1), flat
 
 
 def spoken(targets: np.ndarray) -> np.ndarray:
-    """Frames in which the model says something: what is not as silence is, nor padding."""
+    """Frames in which the model says something: neither silence nor left out of learning."""
     first = targets[:, 1]
     codes, often = np.unique(first[first >= 0], return_counts=True)
     quiet = codes[np.argsort(-often)[:QUIET]]
@@ -68,6 +67,7 @@ def learn(lm: Lm, hidden: np.ndarray, targets: np.ndarray, args: argparse.Namesp
     """Updates of the depformer alone, all codebooks alike."""
     rng, said = np.random.default_rng(args.seed), spoken(targets)
     print(f"{len(targets)} frames, {len(said)} with speech", flush=True)
+    # `train.optimizer` corrects the moments' bias: it would not give the bundled weights' numbers.
     rise = linear_schedule(0, args.rate, WARMUP)
     fall = cosine_decay(args.rate, args.steps - WARMUP, args.rate / 50)
     optimizer = AdamW(join_schedules([rise, fall], [WARMUP]), betas=[0.9, 0.95], weight_decay=0.01)
@@ -77,8 +77,8 @@ def learn(lm: Lm, hidden: np.ndarray, targets: np.ndarray, args: argparse.Namesp
         return losses.mean(), losses
 
     gradients, means = nn.value_and_grad(lm.depformer, each), []
+    many = round(SPOKEN * FRAMES)
     for step in range(1, args.steps + 1):
-        many = round(SPOKEN * FRAMES)
         chosen = np.concatenate(
             [rng.choice(said, many), rng.integers(0, len(targets), FRAMES - many)]
         )
@@ -113,7 +113,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     mx.set_default_device(mx.cpu)
     lm = load(str(args.model)).lm
-    prepare(lm)
     lm.set_dtype(mx.float32)
     found = [read_by_depformer(lm, codes) for codes in track(list(batches(args.shards)), "talks")]
     learn(lm, *(np.concatenate(part) for part in zip(*found, strict=True)), args)
